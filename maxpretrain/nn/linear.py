@@ -1,0 +1,57 @@
+"""Linear maps. Every contraction of activations with parameters goes through `einsum`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from maxpretrain.nn import init as inits
+from maxpretrain.nn.base import Initializer, Module, param
+
+
+def einsum(spec: str, x: jax.Array, kernel: jax.Array, *, out: jnp.dtype | None = None) -> jax.Array:
+    """Contracts activations with a parameter in the activations' dtype.
+
+    The kernel is cast here, at its use: under FSDP it is then gathered in the compute dtype, at half the bytes of float32.
+
+    Args:
+        out: dtype of the result (float32 logits from bfloat16 operands, say); None: that of `x`.
+    """
+    return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=out or x.dtype)
+
+
+class Linear(Module):
+    """y = x·W + b over the last `inputs` axes of x, with the shape `outputs` in their place."""
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        initializer: Initializer,
+        *,
+        bias: bool,
+        bias_axes: tuple[str | None, ...] | None = None,
+    ):
+        """
+        Args:
+            inputs, outputs: logical axis -> size, in order.
+            bias_axes: logical axes of the bias; None: those of the outputs.
+        """
+        shape, axes = (*inputs.values(), *outputs.values()), (*inputs, *outputs)
+        self.kernel = param(shape, axes, initializer, "matrix")
+        self.bias = param(tuple(outputs.values()), bias_axes or tuple(outputs), inits.zeros, "bias") if bias else None
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        n = self.num_inputs
+        contracted, kept = kernel.shape[:n], kernel.shape[n:]
+        # As one plain matrix product: the CPU and GPU libraries know no faster shape.
+        flat = x.reshape(*x.shape[: x.ndim - n], math.prod(contracted)) if n > 1 else x
+        y = einsum("...i,io->...o", flat, kernel.reshape(math.prod(contracted), math.prod(kept)))
+        y = y.reshape(*y.shape[:-1], *kept)
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
+        return y
