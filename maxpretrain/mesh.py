@@ -218,6 +218,12 @@ def use(layout: Layout) -> Iterator[Layout]:
         _current.reset(token)
 
 
+def batch_parts() -> int:
+    """Into how many parts the layout in use cuts the batch; 1 outside `use`."""
+    layout = _current.get()
+    return 1 if layout is None else layout.extent("batch")
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Places an activation whose dimensions have these logical axes; nothing happens on one device or outside `use`."""
     layout = _current.get()

@@ -43,6 +43,10 @@ class Objective:
     def validate(self, run: Run) -> None:
         """Raises UserError where the run cannot train this objective."""
 
+    def measured(self) -> Objective:
+        """The objective without what only regularizes training: what evaluation reports."""
+        return self
+
     def raw_length(self, length: int) -> int:
         """Raw tokens that one example of `length` consumes."""
         raise NotImplementedError

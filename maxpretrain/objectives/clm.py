@@ -46,8 +46,64 @@ class CLM(Objective):
             fields |= {"segments": ((length,), "int32"), "positions": ((length,), "int32")}
         return fields
 
-    def example(self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        raise NotImplementedError
+    def example(
+        self, tokens: np.ndarray, rng: np.random.Generator | None = None, segments: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """Input and label are one token apart; the last raw token is a label only. Nothing is drawn from `rng`.
+
+        Args:
+            tokens: integer [n], n ≥ 1.
+            rng: unused.
+            segments: int32 [n], 1, 2, … by document, 0 for padding at the end; None: one document.
+
+        Returns:
+            The arrays of `fields(n - 1)`. Weight and label are 0 where the next token is padding and, with
+            `mask_documents`, where it belongs to another document. Everything is 0 under padding.
+        """
+        batch = self.examples(tokens[None], None if segments is None else segments[None])
+        return {name: array[0] for name, array in batch.items()}
+
+    def examples(self, tokens: np.ndarray, segments: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """`example` of many windows at once: [N, n] in, [N, n - 1] out."""
+        import numpy as np  # not the lazy one, which is looked up at every use: this runs for every batch
+
+        tokens = tokens.astype(np.int32, copy=False)
+        segments = np.ones_like(tokens) if segments is None else segments
+        here, following = segments[:, :-1], segments[:, 1:]
+        real = following > 0
+        predicted = real & (here == following) if self.mask_documents else real
+        batch = {
+            "tokens": np.where(real, tokens[:, :-1], np.int32(0)),
+            "labels": np.where(predicted, tokens[:, 1:], np.int32(0)),
+            "weights": predicted.astype(np.float32),
+        }
+        if self.mask_documents:
+            index = np.arange(here.shape[1], dtype=np.int32)
+            starts = np.zeros(here.shape, np.int32)  # index of the first token of each position's document
+            np.multiply(here[:, 1:] != here[:, :-1], index[1:], out=starts[:, 1:], casting="unsafe")
+            starts = np.maximum.accumulate(starts, axis=1)
+            batch["segments"] = np.where(real, here, 0).astype(np.int32, copy=False)
+            batch["positions"] = np.where(real, index - starts, np.int32(0))
+        return batch
+
+    def measured(self) -> CLM:
+        return dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
 
     def loss(self, model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
-        raise NotImplementedError
+        from maxpretrain.objectives.cross_entropy import token_cross_entropy
+
+        output = model.apply(params, batch["tokens"], batch.get("positions"), batch.get("segments"), key)
+        total, sums = token_cross_entropy(
+            model,
+            params,
+            output.hidden,
+            batch["labels"],
+            batch["weights"],
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+        weight = batch["weights"].sum()
+        metrics = {"accuracy": (sums["correct"], weight)}
+        if self.label_smoothing or self.z_loss:
+            metrics["cross_entropy"] = (sums["nll"], weight)
+        return Loss(total, weight, metrics)

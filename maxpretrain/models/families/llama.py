@@ -1,0 +1,37 @@
+"""Llama 2 and 3. References: Touvron et al. 2023, arXiv:2307.09288; Llama Team 2024, arXiv:2407.21783, table 3."""
+
+from __future__ import annotations
+
+from maxpretrain.config import ModelConfig
+
+
+def _size(layers: int, dim: int, heads: int, kv_heads: int, mlp: int, vocab: int, theta: float, length: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab,
+        num_layers=layers,
+        model_dim=dim,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        mlp_dim=mlp,
+        max_length=length,
+        position="rope",
+        rope_theta=theta,
+        norm="rmsnorm",
+        norm_eps=1e-5,
+        activation="silu",
+        gated=True,
+        bias=False,
+        tie_embeddings=False,
+        init="normal",
+        init_std=0.02,
+        depth_scaled_init=False,
+    )
+
+
+PRESETS = {
+    "llama-2-7b": _size(32, 4096, 32, 32, 11_008, 32_000, 1e4, 4096),
+    "llama-2-13b": _size(40, 5120, 40, 40, 13_824, 32_000, 1e4, 4096),
+    "llama-2-70b": _size(80, 8192, 64, 8, 28_672, 32_000, 1e4, 4096),
+    "llama-3-8b": _size(32, 4096, 32, 8, 14_336, 128_256, 5e5, 8192),
+    "llama-3-70b": _size(80, 8192, 64, 8, 28_672, 128_256, 5e5, 8192),
+}
