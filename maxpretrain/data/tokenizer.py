@@ -1,0 +1,543 @@
+"""Text to ids and back: sentencepiece, Hugging Face `tokenizer.json`, bytes, characters; one small interface.
+
+`decode(encode(x)) == x` for every tokenizer trained here: normalization is the identity, newlines and runs of spaces are
+kept, and what has no piece becomes bytes. Ids of control pieces (bos, eos, pad) never come out of `encode`, whatever the
+text says: a document that spells `</s>` must not end itself.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from maxpretrain.config import TokenizerConfig
+from maxpretrain.data.store import canonical, storage_errors, write_atomically
+from maxpretrain.errors import UserError
+
+MANIFEST = "maxpretrain_tokenizer.json"
+SPECIAL = {"unk_id": "<unk>", "bos_id": "<s>", "eos_id": "</s>", "pad_id": "<pad>"}
+_SPACE = "\u2581"  # sentencepiece's stand-in for a space
+_RESERVED = re.compile(
+    "\n+|[\u2581\u2585\u0001]+"
+)  # newlines apart from words; characters that the trainer keeps for itself
+_DELIMITER = "\u0001"
+_TRAIN_THREADS = (
+    16  # a constant: sums of a unigram model's counts depend on it in the last bits, and so would the pieces
+)
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        kind: "sentencepiece", "huggingface", "bytes" or "characters".
+        vocab_size: every id is below it.
+        bos_id, eos_id, pad_id, unk_id: ids of control pieces, or None; pad is never the same id as eos.
+        fingerprint: sha256 hex of what determines the ids.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    unk_id: int | None = None
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 [tokens]: the ids of `text`, without bos or eos."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Many texts at once, which is much faster.
+
+        Returns:
+            ids: int32, of all texts one after another.
+            lengths: int64 [len(texts)], how many belong to each.
+        """
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control pieces have none, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.piece_bytes(int(i)) for i in ids).decode("utf-8", "replace")
+
+    def piece(self, id: int) -> str:
+        """The name of an id, for showing."""
+        return self.piece_bytes(id).decode("utf-8", "backslashreplace")
+
+    def piece_bytes(self, id: int) -> bytes:
+        """What the id adds to the text, in UTF-8; empty for a control piece."""
+        raise NotImplementedError
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text as the ids arrive; half a character waits for its other half. Joined, it is `decode(ids)`."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.piece_bytes(int(i)))
+        yield decoder.decode(b"", final=True)
+
+    @property
+    def joins(self) -> bool:
+        """Whether ids of consecutive parts of a text, cut at a newline, are ids of the whole; if so long documents are made in parts."""
+        a, b = "some words,\n", "and  others\n"
+        return self.decode(np.concatenate([self.encode(a), self.encode(b)])) == a + b
+
+    def save(self, directory: Path | str) -> None:
+        """Writes `maxpretrain_tokenizer.json` and the file it names, if any, into `directory`."""
+        directory = Path(directory)
+        manifest = {
+            "format": "maxpretrain tokenizer",
+            "kind": self.kind,
+            "fingerprint": self.fingerprint,
+            **self._state(),
+        }
+        with storage_errors(f"writing the tokenizer to {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, data in self._files().items():
+                write_atomically(directory / name, data)
+            write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=True).encode())
+
+    def _state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("vocab_size", *SPECIAL)}
+
+    def _files(self) -> dict[str, bytes]:
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]!r})"
+
+
+def _fingerprint(kind: str, *parts: bytes) -> str:
+    digest = hashlib.sha256(kind.encode())
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+class SentencePiece(Tokenizer):
+    """A sentencepiece model.
+
+    Args:
+        model: the bytes of a `.model` file.
+
+    Raises:
+        UserError: they are not a model.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self._model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError("not a sentencepiece model") from None
+        p = self._processor
+        self.vocab_size = p.get_piece_size()
+        self.unk_id, self.bos_id, self.eos_id = (i if i >= 0 else None for i in (p.unk_id(), p.bos_id(), p.eos_id()))
+        self.pad_id = p.pad_id() if p.pad_id() >= 0 and p.pad_id() != self.eos_id else None
+        self.fingerprint = _fingerprint(self.kind, model)
+        self._table = [self._bytes_of(i) for i in range(self.vocab_size)]
+        space = [p.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
+        self._space_ids = space if all(p.is_byte(i) for i in space) else None
+        probe = " a  b\n\n\tc\r\n é😀 "
+        self._exact = super().decode(p.encode(probe)) == probe
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePiece, (self._model,)
+
+    def _bytes_of(self, id: int) -> bytes:
+        p = self._processor
+        if p.is_control(id):
+            return b""
+        if p.is_unknown(id):
+            return "\ufffd".encode()
+        piece = p.id_to_piece(id)
+        return bytes([int(piece[3:5], 16)]) if p.is_byte(id) else piece.replace(_SPACE, " ").encode()
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._processor.encode(list(texts), num_threads=threads)
+        if self._exact and self._space_ids:
+            for i, text in enumerate(texts):
+                if _SPACE in text:
+                    ids[i] = self._with_literal_spaces(text)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+    def _with_literal_spaces(self, text: str) -> list[int]:
+        # sentencepiece cannot tell the character U+2581 from a space: it goes as bytes.
+        first, *others = self._processor.encode(text.split(_SPACE))
+        return first + [i for part in others for i in (*self._space_ids, *part)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if self._exact:
+            return super().decode(ids)
+        return self._processor.decode([int(i) for i in ids])
+
+    def piece(self, id: int) -> str:
+        return self._processor.id_to_piece(int(id))
+
+    def piece_bytes(self, id: int) -> bytes:
+        return self._table[id]
+
+    def _files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model}
+
+
+class HuggingFace(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` package.
+
+    Its truncation and padding are switched off, and special tokens spelt out in a text are plain text.
+
+    Args:
+        data: the bytes of the file.
+        special: ids by name (`bos_id`, …), from the files beside it; missing ones are recognized by their usual names.
+
+    Raises:
+        UserError: it cannot be parsed.
+    """
+
+    kind = "huggingface"
+    _USUAL: ClassVar[dict[str, tuple[str, ...]]] = {
+        "bos_id": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]", "<|startoftext|>"),
+        "eos_id": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]"),
+        "pad_id": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+        "unk_id": ("<unk>", "[UNK]"),
+    }
+
+    def __init__(self, data: bytes, special: dict[str, int | None] | None = None):
+        import tokenizers
+
+        self._data = data
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the package raises plain Exception
+            raise UserError(f"not a tokenizer.json that the tokenizers package reads ({str(error)[:100]})") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        for name, usual in self._USUAL.items():
+            found = next((vocabulary[t] for t in usual if t in vocabulary), None)
+            setattr(self, name, found if special is None or name not in special else special[name])
+        if self.pad_id == self.eos_id:
+            self.pad_id = None
+        self._special = {name: getattr(self, name) for name in SPECIAL}
+        self.fingerprint = _fingerprint(self.kind, data, canonical(self._special))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFace, (self._data, self._special)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        if threads > 1 and len(texts) > 1:
+            ids = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        else:
+            ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        from tokenizers.decoders import DecodeStream
+
+        done, seen = "", []
+        stream = DecodeStream(skip_special_tokens=True)
+        for i in ids:
+            seen.append(int(i))
+            text = stream.step(self._tokenizer, int(i)) or ""
+            done += text
+            yield text
+        yield self.decode(seen)[len(done) :]
+
+    def piece(self, id: int) -> str:
+        return self._tokenizer.id_to_token(int(id)) or ""
+
+    def piece_bytes(self, id: int) -> bytes:
+        return self.decode([id]).encode()
+
+    def _files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self._data}
+
+
+class _Plain(Tokenizer):
+    """What bytes and characters share: user symbols take the ids after the alphabet.
+
+    A symbol named `<s>`, `</s>`, `<pad>` or `<unk>` is that control piece; without one the tokenizer has none, and
+    documents follow each other with nothing between.
+    """
+
+    def __init__(self, alphabet: int, symbols: Sequence[str]):
+        if len(set(symbols)) != len(symbols) or "" in symbols:
+            raise UserError(f"tokenizer.user_symbols {tuple(symbols)} must be distinct and not empty")
+        self.symbols = tuple(symbols)
+        self.vocab_size = alphabet + len(self.symbols)
+        self._alphabet = alphabet
+        for name, text in SPECIAL.items():
+            setattr(self, name, alphabet + self.symbols.index(text) if text in self.symbols else None)
+        matched = sorted((s for s in self.symbols if s not in SPECIAL.values()), key=len, reverse=True)
+        self._pattern = re.compile("(" + "|".join(map(re.escape, matched)) + ")") if matched else None
+
+    @property
+    def joins(self) -> bool:
+        return not any("\n" in s for s in self.symbols)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        parts = [self._encode(text) for text in texts]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return np.concatenate([np.zeros(0, np.int32), *parts]), lengths
+
+    def _encode(self, text: str) -> np.ndarray:
+        if self._pattern is None:
+            return self._encode_plain(text)
+        parts = self._pattern.split(text)
+        symbol = lambda s: np.array([self._alphabet + self.symbols.index(s)], np.int32)  # noqa: E731
+        return np.concatenate([symbol(p) if i % 2 else self._encode_plain(p) for i, p in enumerate(parts)])
+
+    def _encode_plain(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def _symbol_bytes(self, id: int) -> bytes:
+        symbol = self.symbols[id - self._alphabet]
+        return b"" if symbol in SPECIAL.values() else symbol.encode()
+
+    def piece(self, id: int) -> str:
+        return self.symbols[id - self._alphabet] if id >= self._alphabet else super().piece(id)
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "symbols": self.symbols}
+
+
+class Bytes(_Plain):
+    """UTF-8 bytes: id = byte; user symbols from 256 on."""
+
+    kind = "bytes"
+
+    def __init__(self, symbols: Sequence[str] = ()):
+        super().__init__(256, symbols)
+        self.fingerprint = _fingerprint(self.kind, canonical(self.symbols))
+
+    def _encode_plain(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def piece_bytes(self, id: int) -> bytes:
+        return bytes([id]) if id < 256 else self._symbol_bytes(id)
+
+
+class Characters(_Plain):
+    """One id a character, in the order of code points; user symbols after them.
+
+    A character that the alphabet lacks is `<unk>` where that is among the user symbols, and an error otherwise.
+
+    Args:
+        characters: the alphabet; sorted here.
+        symbols: user symbols.
+    """
+
+    kind = "characters"
+
+    def __init__(self, characters: Iterable[str], symbols: Sequence[str] = ()):
+        self.characters = "".join(sorted(set(characters)))
+        super().__init__(len(self.characters), symbols)
+        self.fingerprint = _fingerprint(self.kind, canonical([self.characters, self.symbols]))
+        codes = np.frombuffer(self.characters.encode("utf-32-le"), np.uint32)
+        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last one stands for all beyond
+        self._ids[codes] = np.arange(len(codes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Characters, (self.characters, self.symbols)
+
+    def _encode_plain(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        if len(ids) and ids.min() < 0:
+            if self.unk_id is None:
+                character = chr(codes[int(np.argmin(ids))])
+                raise UserError(
+                    f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self.characters)} characters that the tokenizer "
+                    f'knows; train on text that has it, or add "<unk>" to tokenizer.user_symbols'
+                )
+            ids = np.where(ids < 0, np.int32(self.unk_id), ids)
+        return ids
+
+    def piece_bytes(self, id: int) -> bytes:
+        return self.characters[id].encode() if id < self._alphabet else self._symbol_bytes(id)
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "characters": self.characters}
+
+
+def load_tokenizer(path: Path | str, kind: str | None = None) -> Tokenizer:
+    """Loads what `save` wrote, a `.model`, a `tokenizer.json`, or a folder that holds one of them.
+
+    Raises:
+        UserError: nothing usable is there, its kind is not `kind`, or a file was changed after `save`.
+    """
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            names = [n for n in (MANIFEST, "tokenizer.json", "tokenizer.model") if (path / n).is_file()]
+            if not names:
+                raise UserError(f"{path} holds no tokenizer ({MANIFEST}, tokenizer.json or tokenizer.model)")
+            path = path / names[0]
+        data = path.read_bytes()
+        tokenizer = _parse_manifest(path, data) if path.name == MANIFEST else _parse(path, data)
+    except FileNotFoundError as error:
+        raise UserError(f"tokenizer file {error.filename} not found; check tokenizer.path") from None
+    except OSError as error:
+        raise UserError(f"tokenizer file {error.filename} cannot be read: {error.strerror}") from None
+    if kind is not None and tokenizer.kind != kind:
+        raise UserError(
+            f'{path} is a {tokenizer.kind} tokenizer, but tokenizer.kind is "{kind}"; set it to "{tokenizer.kind}"'
+        )
+    return tokenizer
+
+
+def _parse(path: Path, data: bytes) -> Tokenizer:
+    try:
+        if data.lstrip()[:1] == b"{":
+            return HuggingFace(data, _special_beside(path))
+        return SentencePiece(data)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+
+
+def _special_beside(path: Path) -> dict[str, int | None]:
+    """Ids of control pieces as `tokenizer_config.json` beside a `tokenizer.json` names them."""
+    config_path = path.with_name("tokenizer_config.json")
+    if not config_path.is_file():
+        return {}
+    try:
+        config = json.loads(config_path.read_bytes())
+        added = {t["content"]: t["id"] for t in json.loads(path.read_bytes()).get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{config_path} is not the JSON expected beside a tokenizer.json") from None
+    special = {}
+    for name in SPECIAL:
+        token = config.get(name.replace("_id", "_token"))
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in added:
+            special[name] = added[token]
+    return special
+
+
+def _parse_manifest(path: Path, data: bytes) -> Tokenizer:
+    try:
+        manifest = json.loads(data)
+        kind, stated = manifest["kind"], manifest["fingerprint"]
+        if kind == "sentencepiece":
+            tokenizer: Tokenizer = SentencePiece((path.parent / "tokenizer.model").read_bytes())
+        elif kind == "huggingface":
+            tokenizer = HuggingFace((path.parent / "tokenizer.json").read_bytes(), {n: manifest[n] for n in SPECIAL})
+        elif kind == "bytes":
+            tokenizer = Bytes(manifest["symbols"])
+        elif kind == "characters":
+            tokenizer = Characters(manifest["characters"], manifest["symbols"])
+        else:
+            raise UserError(f'{path} names the unknown kind "{kind}"')
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: not the JSON that was written") from None
+    if tokenizer.fingerprint != stated:
+        raise UserError(
+            f"the tokenizer in {path.parent} was changed after it was saved (fingerprint {tokenizer.fingerprint[:12]}, not {stated[:12]})"
+        )
+    return tokenizer
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Makes the tokenizer that `config` asks for from `texts`: a sentencepiece model, or the set of characters.
+
+    Raises:
+        UserError: `config` cannot be had from these texts; the message names the vocabulary size that can.
+    """
+    if config.kind == "bytes":
+        return Bytes(config.user_symbols)
+    if config.kind == "characters":
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        if not characters:
+            raise UserError("the corpus holds no text to take the tokenizer's characters from; check data.train")
+        return Characters(characters, config.user_symbols)
+    if config.kind == "huggingface":
+        raise UserError(
+            'tokenizer.kind "huggingface" loads a tokenizer.json; set tokenizer.path, or train with tokenizer.kind "sentencepiece"'
+        )
+    return SentencePiece(_train_sentencepiece(config, texts))
+
+
+def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    count = 0
+
+    def sentences() -> Iterator[str]:
+        nonlocal count
+        for text in texts:
+            for start in range(0, len(text), 1 << 20):
+                count += 1
+                # Pieces stop at newlines, which also makes words repeat and training several times faster.
+                yield _RESERVED.sub(
+                    lambda m: _DELIMITER + (m[0] if m[0][0] == "\n" else "") + _DELIMITER,
+                    text[start : start + (1 << 20)],
+                )
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(),
+            model_writer=model,
+            model_type=config.algorithm,
+            vocab_size=config.vocab_size,
+            user_defined_symbols=list(config.user_symbols),
+            normalization_rule_name="identity",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pretokenization_delimiter=_DELIMITER,
+            character_coverage=0.9995,
+            max_sentence_length=1 << 23,  # bytes; the default drops longer texts in silence
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=_TRAIN_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explain(config, str(error), count) from None
+    return model.getvalue()
+
+
+def _explain(config: TokenizerConfig, message: str, count: int) -> UserError:
+    """sentencepiece's own words, turned into what to do."""
+    high = re.search(r"value\s*<=\s*(\d+)", message)
+    if high:
+        return UserError(
+            f"tokenizer.vocab_size {config.vocab_size} is more than the corpus allows; use at most {high[1]}, or give more text"
+        )
+    low = re.search(r"smaller than required_chars\D*\d+\s+vs\s+(\d+)", message)
+    if low:
+        return UserError(
+            f"tokenizer.vocab_size {config.vocab_size} is too small for the corpus's characters and 256 bytes; use at least {low[1]}"
+        )
+    if count == 0 or "required_chars_" in message:
+        return UserError("the corpus holds no text to train a tokenizer on; check data.train")
+    return UserError(
+        f"sentencepiece could not train a tokenizer of {config.vocab_size} pieces: {message.strip()[:200]}"
+    )
