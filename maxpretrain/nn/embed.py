@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from maxpretrain.mesh import constrain
 from maxpretrain.nn.base import Initializer, Module, param
 from maxpretrain.nn.linear import einsum
 
@@ -16,8 +17,10 @@ class Embedding(Module):
 
     def __call__(self, tokens: jax.Array, dtype: jax.numpy.dtype) -> jax.Array:
         """int32 [B, T] -> [B, T, D] in `dtype`."""
-        # Cast after the lookup: B·T rows, not V.
-        return self.table[...].at[tokens].get(mode="fill", fill_value=float("nan")).astype(dtype)
+        # Gathered over fsdp before the lookup: cut along D, the partitioner would replicate all B·T rows instead.
+        table = constrain(self.table[...], "vocab", None)
+        rows = table.at[tokens].get(mode="fill", fill_value=float("nan"))
+        return constrain(rows.astype(dtype), "batch", "length", None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -32,7 +35,7 @@ class PositionEmbedding(Module):
 
     def __call__(self, positions: jax.Array | None, length: int, dtype: jax.numpy.dtype) -> jax.Array:
         """int32 [B, T] -> [B, T, D]; None: positions 0 … T−1, as [1, T, D] by a slice."""
-        table = self.table[...]
+        table = constrain(self.table[...], "position", None)
         if positions is None:
             return table[None, :length].astype(dtype)
         return table.at[positions].get(mode="fill", fill_value=float("nan")).astype(dtype)

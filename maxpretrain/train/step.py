@@ -1,0 +1,110 @@
+"""One optimizer step and one evaluation batch, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxpretrain.config import OptimizerConfig
+from maxpretrain.mesh import constrain
+from maxpretrain.models import Model
+from maxpretrain.objectives import Loss, Objective
+from maxpretrain.optim import clip
+from maxpretrain.train.state import State
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def accumulate(
+    loss_fn: Callable[[Any, Batch, jax.Array], Loss], params: Any, batch: Batch, key: jax.Array, microbatches: int
+) -> tuple[Loss, Any]:
+    """Loss of a batch and gradient of its sum, in `microbatches` parts, one after another.
+
+    Sums are added and the division comes once, later: parts of unequal weight give what the whole gives.
+
+    Args:
+        batch: arrays [B, …]; part i is rows i, i + k, i + 2k, …, which leaves every device the rows that it has.
+    """
+
+    def one(batch: Batch, key: jax.Array) -> tuple[Loss, Any]:
+        def total(params: Any) -> tuple[jax.Array, Loss]:
+            loss = loss_fn(params, batch, key)
+            return loss.sum, loss
+
+        (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return loss, grads
+
+    if microbatches == 1:
+        return one(batch, key)
+
+    def part(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
+        return jnp.moveaxis(constrain(x, "batch", *[None] * (x.ndim - 1)), 1, 0)
+
+    parts = (jax.tree.map(part, batch), jax.random.split(key, microbatches))
+    sums = one(*jax.tree.map(lambda x: x[0], parts))
+    body = lambda sums, x: (jax.tree.map(jnp.add, sums, one(*x)), None)  # noqa: E731
+    return jax.lax.scan(body, sums, jax.tree.map(lambda x: x[1:], parts))[0]
+
+
+def make_train_step(
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    learning_rate: Callable[[jax.Array], jax.Array],
+    *,
+    seed: int,
+    microbatches: int,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The function (state, batch) -> (state, metrics) of one step.
+
+    A step whose loss or gradient norm is not finite changes nothing but the step number; metrics then has "skipped" 1.
+    Dropout draws from a key of (seed, step), so that a resumed run draws the same.
+    """
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state["step"])
+        loss, grads = accumulate(
+            lambda params, batch, key: objective.loss(model, params, batch, key), state["params"], batch, key, microbatches
+        )
+        with jax.named_scope("optimizer"):
+            share = 1.0 / jnp.maximum(loss.weight, 1e-8)
+            grads = jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+            grads, norm = clip(grads, config)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+        finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        new_state = {
+            "params": jax.tree.map(keep, params, state["params"]),
+            "opt_state": jax.tree.map(keep, opt_state, state["opt_state"]),
+            "step": state["step"] + 1,
+        }
+        metrics = {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in loss.metrics.items()}
+        metrics |= {
+            "loss": loss.sum * share,
+            "grad_norm": norm,
+            "learning_rate": learning_rate(state["step"]),
+            "predicted": loss.weight,
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(model: Model, objective: Objective) -> Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """The function (params, batch) -> name -> (sum, weight), without dropout and without what only regularizes."""
+    objective = objective.measured()
+
+    def eval_step(params: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        loss = objective.loss(model, params, batch, None)
+        return {"loss": (loss.sum, loss.weight)} | loss.metrics
+
+    return eval_step
