@@ -118,7 +118,17 @@ def checked(run: Run, where: str = "the config") -> Run:
     Raises:
         UserError: a field has a value of another type.
     """
+    _require_parts(run, "", where)
     return _decode(_encode(run), Run, "", f"{where}: ")
+
+
+def _require_parts(config: Any, prefix: str, where: str) -> None:
+    for name, kind in schema.kinds_of(type(config)).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            part = getattr(config, name)
+            if not isinstance(part, kind):
+                raise UserError(f"{where}: {prefix}{name} is {_a(type(part).__name__)}; it takes {_a(kind.__name__)}")
+            _require_parts(part, f"{prefix}{name}.", where)
 
 
 def summary_of(path_or_name: str | os.PathLike[str]) -> str:

@@ -62,8 +62,9 @@ def diagnose() -> dict[str, Any]:
     if not any(check.status == "error" for check in checks):
         checks += [_guarded("flax", _flax), _guarded("jax", lambda: _devices(devices))]
         if devices:
+            kernels = _kernels()
             checks += [_guarded("matmul", _matmul)]
-            kernels = _kernels(devices[0]["platform"])
+            checks += [_guarded("cudnn attention", _cudnn_attention)] if kernels["attention"] == "cudnn" else []
             checks += _unused_accelerators(devices[0]["platform"])
     checks += [_cache(), _disk()]
     return {
@@ -203,22 +204,26 @@ def _matmul() -> Check:
     return Check("matmul", "ok", f"compiled and right in {time.perf_counter() - started:.1f} s")
 
 
-def _kernels(device_platform: str) -> dict[str, str]:
-    """Which attention kernel `compute.attention = "auto"` can count on here, found by running it."""
-    if device_platform != "gpu":
-        return {"attention": "xla", "matrix products": "xla"}
+def _kernels() -> dict[str, str]:
+    """What `auto` means on these devices, by the rule table."""
+    import jax
+
+    from maxpretrain import hardware
+
+    rule = hardware.rule_for(jax.devices()[0])
+    return {"attention": rule.attention, "matrix products": rule.dtype}
+
+
+def _cudnn_attention() -> Check:
     import jax
     import jax.numpy as jnp
 
-    try:
-        query = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
-        jax.block_until_ready(jax.nn.dot_product_attention(query, query, query, is_causal=True, implementation="cudnn"))
-    except Exception as error:  # cuDNN missing, too old, or a card it does not serve
-        return {
-            "attention": f"xla; cudnn does not work here ({str(error).splitlines()[0][:200]})",
-            "matrix products": "xla",
-        }
-    return {"attention": "cudnn", "matrix products": "xla"}
+    query = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+    out = jax.nn.dot_product_attention(query, query, query, is_causal=True, implementation="cudnn")
+    right = bool((out == 1).all())  # a mean of ones
+    return Check(
+        "cudnn attention", "ok" if right else "error", "right" if right else "wrong; train with --compute.attention xla"
+    )
 
 
 def _unused_accelerators(device_platform: str) -> list[Check]:

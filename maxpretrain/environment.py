@@ -95,7 +95,8 @@ def cpu_device_count(run: Run, cores: int) -> int:
     mesh = run.mesh
     axes = (mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.expert, mesh.stage)
     fixed = math.prod(n for n in axes if n != -1)
-    if -1 not in (mesh.data, mesh.fsdp):  # more devices than cores are never made unasked: mesh.py will say what is missing
+    if mesh.data != -1 and mesh.fsdp != -1:
+        # More devices than cores are never made unasked: mesh.py will say what is missing.
         return fixed if fixed <= cores else 1
     rows = run.batch.size // run.batch.microbatches
     inner = mesh.tensor * mesh.context * mesh.expert * mesh.stage

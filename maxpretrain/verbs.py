@@ -106,7 +106,7 @@ def _plan(options: argparse.Namespace) -> int:
     from maxpretrain import configio, environment
 
     run = configio.resolve(options.config, options.overrides)
-    environment.prepare_process()
+    environment.prepare_process(run)  # as for training: the plan is for the devices that it would have
     from maxpretrain import plan as planning
 
     result = planning.plan(run, target=options.target, mfu=options.mfu, devices=options.devices)
