@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation batch, as pure functions."""
+"""One optimizer step, as a pure function."""
 
 from __future__ import annotations
 
@@ -97,14 +97,3 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
-
-
-def make_eval_step(model: Model, objective: Objective) -> Callable[[Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
-    """The function (params, batch) -> name -> (sum, weight), without dropout and without what only regularizes."""
-    objective = objective.measured()
-
-    def eval_step(params: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-        loss = objective.loss(model, params, batch, None)
-        return {"loss": (loss.sum, loss.weight)} | loss.metrics
-
-    return eval_step
