@@ -80,7 +80,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         train(run, fresh=options.fresh)
     except Exception as error:
-        log = Path(run.root, run.name, "log.txt")
+        log = Path(run.root, run.name, "log.txt").expanduser()
         if not isinstance(error, (UserError, OSError)) and log.parent.is_dir():
             # After hours of training "run again with --debug" is no comfort.
             with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
