@@ -188,7 +188,8 @@ class Console:
         if self._first is None or step <= self._first[0] or step >= self._total:
             return ""
         pace = (self._stepped - self._first[1]) / (step - self._first[0])
-        return f"{duration(max(0.0, pace * (self._total - step) - (self._clock() - self._stepped)))} left"
+        seconds = round(pace * (self._total - step) - (self._clock() - self._stepped))
+        return f"{duration(seconds) if seconds >= 10 else f'{max(1, seconds)} s'} left"
 
     def _plain_step(self, step: int, metrics: Mapping[str, Any]) -> str:
         parts = [f"step {self._position(step)}", *(text for _, text in self._fields(metrics)), self._left(step)]
@@ -214,11 +215,13 @@ class Console:
         if self._working:
             work = self._working[-1]
             frame = _SPINNER[int(work.elapsed * 10) % len(_SPINNER)] if _is_utf8(self._stream) else "*"
-            line = Text(f"{frame} ", style=_BAR)
+            line = Text.assemble((f"{frame} ", _BAR))
             line.append(f"{work.text} … {duration(work.elapsed)}")
             line.append(f"  {work.detail}" if work.detail else "", style=_LABEL)
             line.truncate(width, overflow="ellipsis")
             return line
+        if self._first is None:
+            return Text("")
         fields = dict(self._fields(self._metrics))
         if left := self._left(self._step):
             fields["left"] = left
@@ -237,9 +240,8 @@ class Console:
     def _bar(self, width: int) -> Text:
         full, half, rest = ("━", "╸", "─") if _is_utf8(self._stream) else ("#", "#", "-")
         halves = int(2 * width * min(1.0, self._step / self._total)) if width > 0 else 0
-        bar = Text(full * (halves // 2) + half * (halves % 2), style=_BAR)
-        bar.append(rest * (width - len(bar)), style=_TRACK)
-        return bar
+        done = full * (halves // 2) + half * (halves % 2)
+        return Text.assemble((done, _BAR), (rest * (width - len(done)), _TRACK))
 
     # Writing ----------------------------------------------------------------------------------------------------------
 

@@ -28,12 +28,19 @@ def show(value: Any) -> str:
     """A value of the config for reading."""
     if isinstance(value, str):
         # Quoted where its ends would not be seen.
-        return json.dumps(value, ensure_ascii=False) if value != value.strip() or "," in value else value or "(empty)"
+        return json.dumps(value, ensure_ascii=False) if value != value.strip() else value or "(empty)"
     if isinstance(value, list):
-        return ", ".join(show(item) for item in value) if value else "(none)"
+        return ", ".join(_item(item) for item in value) if value else "(none)"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
     return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def _item(value: Any) -> str:
+    """An item of a list: quoted where its commas would look like the list's."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {show(item)}" for key, item in value.items()) + ")"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) and "," in value else show(value)
 
 
 def _default_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +63,6 @@ def environment_cards(environment: dict[str, Any]) -> str:
     for name, value in flatten(environment).items():
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
             value = shlex.join(value) if re.search("command|argv", name) else value
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            value = json.dumps(value)
         flat[name] = value
     return _cards(flat, {})
 

@@ -177,7 +177,7 @@ def _curve(
     x, y = run.finite(key)
     if not len(x):
         return []
-    if not smoothed or len(x) < 8:
+    if not smoothed or len(x) < 16:
         return [Line(label, x, y, color, markers=markers)]
     return [Line(label, x, y, color, faint=True), Line(label, *smooth(x, y), color)]
 

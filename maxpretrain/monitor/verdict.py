@@ -35,7 +35,7 @@ def trend(run: Record) -> Trend:
         if len(train) < 2:
             return "rising"
         then, now = np.interp([steps[best], steps[-1]], *smooth(train_steps, train))
-        return "overfitting" if now < then else "rising"
+        return "overfitting" if now < then * (1 - _PLATEAU) else "rising"
     quarter = np.interp(steps[-1] - 0.25 * (steps[-1] - steps[0]), steps, values)
     return "improving" if values[-1] < quarter * (1 - _PLATEAU) else "plateau"
 
@@ -44,7 +44,7 @@ def verdict(run: Record) -> str:
     """One sentence: how much was trained, how it ended, how good it is, where it was heading."""
     if not run.metrics:
         return (
-            f"{_beginning(run)}; no step has been logged yet."
+            f"{_ending(run)}; no step has been logged yet."
             if run.events
             else "Not trained yet: nothing has been logged."
         )
@@ -52,7 +52,7 @@ def verdict(run: Record) -> str:
 
 
 def _beginning(run: Record) -> str:
-    amount = []
+    amount: list[str] = []
     if math.isfinite(run.parameters):
         amount.append(f"{count(run.parameters)} parameters")
     if math.isfinite(run.tokens):
@@ -62,9 +62,14 @@ def _beginning(run: Record) -> str:
     trained = " ".join(amount)
     if run.status == "done":
         return f"Trained {trained}".rstrip()
-    word = {"stopped": "Stopped", "diverged": "Diverged", "failed": "Failed"}.get(run.status, "Unfinished,")
-    beginning = f"{word} at step {run.step:,} of {run.total_steps:,}"
-    return f"{beginning}: trained {trained}" if trained else beginning
+    return f"{_ending(run)}: trained {trained}" if trained else _ending(run)
+
+
+def _ending(run: Record) -> str:
+    word = {"done": "Done", "stopped": "Stopped", "diverged": "Diverged", "failed": "Failed"}.get(
+        run.status, "Unfinished,"
+    )
+    return f"{word} at step {run.step:,} of {run.total_steps:,}"
 
 
 def _quality(run: Record) -> str:
@@ -88,7 +93,7 @@ def _heading(run: Record) -> str:
     direction = trend(run)
     if direction in ("overfitting", "rising"):
         best = int(np.argmin(values))
-        rose = f"the validation loss rose from its best, {values[best]:.2f} at step {int(steps[best]):,}"
+        rose = f"the validation loss rose from its best, {values[best]:.2f} at step {int(steps[best]):,}, to {values[-1]:.2f} at the end"
         return f"overfitting: {rose}, while the training loss fell" if direction == "overfitting" else rose
     if direction == "unknown" or run.status == "diverged":
         return ""
