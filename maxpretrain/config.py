@@ -84,6 +84,7 @@ class DataConfig:
     separator: str = ""  # splits a plain text file into documents; empty: a file is a document
     shuffle: bool = True  # windows in an order drawn from the seed, another each epoch
     cache: str = "~/.cache/maxpretrain"  # prepared tokens, one folder per fingerprint (or $MAXPRETRAIN_CACHE)
+    max_bad: float = 0.001  # share of unusable documents (invalid UTF-8, bad JSON, empty, …) above which preparing ends
     workers: int = 0  # processes that prepare; 0: one a core
     prefetch: int = 2  # batches made ahead of the device
 
@@ -313,6 +314,7 @@ def validate(run: Run) -> None:
             0 < data.validation_fraction < 1,
             f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1, or name data.validation sources",
         )
+    _require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
     for part, value in (("evaluation.every", run.evaluation.every), ("evaluation.batches", run.evaluation.batches), ("checkpoint.every", run.checkpoint.every)):
         _require(value >= 0, f"{part} is {value}; it must be at least 0")
     for part, value in (("log.every", run.log.every), ("checkpoint.keep", run.checkpoint.keep), ("data.prefetch", data.prefetch)):

@@ -132,13 +132,14 @@ class StoreWriter:
         """Appends one document: its ids (with its end-of-sequence id, where there is one) and the UTF-8 bytes it came from."""
         self.add_many(ids, np.array([len(ids)], np.int64), np.array([num_bytes], np.int64))
 
-    def add_many(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: np.ndarray) -> None:
+    def add_many(self, ids: np.ndarray, lengths: np.ndarray, num_bytes: np.ndarray, *, continues: bool = False) -> None:
         """Appends documents whose ids follow one another.
 
         Args:
             ids: integer [sum(lengths)].
             lengths: int64 [documents], tokens of each.
             num_bytes: int64 [documents], UTF-8 bytes of the text of each.
+            continues: the first of them is more of the document appended last.
         """
         ids = np.asarray(ids)
         if int(np.sum(lengths)) != len(ids):
@@ -152,8 +153,14 @@ class StoreWriter:
                     f"the tokenizer made id {bad}, outside its vocabulary of {self.vocab_size}; its files do not belong together"
                 )
             self._max_id = max(self._max_id, high)
-        self._lengths.append(np.asarray(lengths, np.int64))
-        self._bytes.append(np.asarray(num_bytes, np.int64))
+        lengths, num_bytes = np.array(lengths, np.int64), np.array(num_bytes, np.int64)
+        if continues and len(lengths):
+            self._lengths[-1][-1] += lengths[0]
+            self._bytes[-1][-1] += num_bytes[0]
+            lengths, num_bytes = lengths[1:], num_bytes[1:]
+        if len(lengths):
+            self._lengths.append(lengths)
+            self._bytes.append(num_bytes)
         with storage_errors(f"writing tokens to {self.path}"):
             self._write(ids.astype(self.dtype, copy=False))
 

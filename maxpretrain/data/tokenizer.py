@@ -294,7 +294,7 @@ class _Plain(Tokenizer):
 
     @property
     def joins(self) -> bool:
-        return not any("\n" in s for s in self.symbols)
+        return True
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         parts = [self._encode(text) for text in texts]
