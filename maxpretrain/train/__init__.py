@@ -1,0 +1,229 @@
+"""Training: `train(run)` does all that `maxpretrain train` does."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maxpretrain.config import Run, validate
+from maxpretrain.errors import Diverged, Stopped, UserError
+
+
+def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
+    """Prepares data where needed, trains, evaluates, checkpoints and writes the report.
+
+    A run that was stopped goes on with the next batch; one that is done is left as it is.
+
+    Args:
+        run: the whole description.
+        fresh: start over, keeping an earlier run of this name under another.
+        debug: let libraries log.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: the config, the data or the run directory is wrong; nothing was touched.
+        StorageError, Diverged, Stopped: as their exit statuses say; what was saved stays.
+    """
+    from maxpretrain import environment
+    from maxpretrain.train import resume
+
+    validate(run)
+    environment.prepare_process(run)
+    run_dir = Path(run.root).expanduser() / run.name
+    before = None if fresh else resume.previous(run_dir)
+    changes = [] if before is None else resume.check_same_run(before, run, run_dir)
+    if before is not None and before.model.vocab_size is not None and run.model.vocab_size is None:
+        import dataclasses
+
+        run = run.replace(model=dataclasses.replace(run.model, vocab_size=before.model.vocab_size))
+    with _directory(run_dir, fresh) as began:
+        return _session(run, run_dir, changes=changes, began=began, debug=debug)
+
+
+class _Began:
+    """Set once the run has written something worth keeping."""
+
+    yes = False
+
+
+@contextlib.contextmanager
+def _directory(run_dir: Path, fresh: bool) -> Iterator[_Began]:
+    """The run directory, locked; removed again where it is new and the run was refused before it began."""
+    import jax
+
+    from maxpretrain.runlock import RunLock
+    from maxpretrain.train import resume
+
+    began = _Began()
+    if jax.process_index() != 0:
+        yield began
+        return
+    if fresh and run_dir.exists():
+        with RunLock(run_dir):
+            pass  # refused while another trainer is at work in it
+        aside = resume.set_aside(run_dir)
+        if aside is not None:
+            print(f"the earlier run is kept as {aside}")
+    new = not run_dir.exists()
+    try:
+        with RunLock(run_dir):
+            yield began
+    except UserError:
+        if new and not began.yes:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debug: bool) -> Path:
+    import jax
+
+    from maxpretrain.checkpoint import Checkpoints
+    from maxpretrain.data.prepare import prepare
+    from maxpretrain.monitor.console import Console
+    from maxpretrain.monitor.ledger import Ledger
+    from maxpretrain.monitor.report import write_report
+    from maxpretrain.train import setup as setups
+
+    first = jax.process_index() == 0
+    ledger = Ledger()
+    log = run_dir / "log.txt" if first else None
+    with Console(run.steps, log, log_every=run.log.every) as console:
+        for line in changes:
+            console.say(line)
+        with ledger("prepare"):
+            prepared = prepare(run, console)
+            setup = setups.build(run, prepared)
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints", keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best, warn=console.warn, debug=debug
+        )
+        with checkpoints:
+            identity = {
+                "tokenizer": prepared.tokenizer.fingerprint,
+                "data": [store.fingerprint for store in (*prepared.train, *prepared.validation)],
+            }
+            with ledger("recover"):
+                restored = checkpoints.restore_latest(setup.abstract_state, run.checkpoint.resume)
+            if restored is not None:
+                _check_identity(restored[1], identity, run_dir)
+            began.yes = True
+            _train(setup, run_dir, restored, checkpoints, console, ledger, identity)
+        if first:
+            with ledger("report"):
+                report = write_report([run_dir])
+            console.say(f"report: {report}")
+    return run_dir
+
+
+def _check_identity(meta: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+    """The files behind the config may have changed while the config did not."""
+    for what, name in (("tokenizer", "tokenizer"), ("data", "prepared text")):
+        if meta.get(what) != now[what]:
+            raise UserError(
+                f"the {name} is not the one that {run_dir} was trained with; restore the files it came from, or give the run "
+                "another --name, or --fresh to start over"
+            )
+
+
+def _train(
+    setup: Any, run_dir: Path, restored: Any, checkpoints: Any, console: Any, ledger: Any, identity: dict[str, Any]
+) -> None:
+    import jax
+
+    from maxpretrain.monitor.sinks import Sinks
+    from maxpretrain.train.loop import Trainer
+
+    run = setup.run
+    first = jax.process_index() == 0
+    state, meta, start = restored if restored is not None else (None, {}, 0)
+    if first:
+        _write_description(run, setup, run_dir)
+    with contextlib.ExitStack() as stack:
+        sinks = stack.enter_context(Sinks(run_dir, run, warn=console.warn)) if first else None
+        if sinks is not None:
+            _announce(setup, sinks, console, start)
+        if start >= run.steps:
+            console.say(f"this run is done: step {start} of {run.steps}; raise --steps to go on, or --fresh to start over")
+            return
+        if start:
+            console.say(f"resuming after step {start} with the next batch")
+        if state is None:
+            with ledger("compile"), console.working("initializing the parameters"):
+                state = jax.block_until_ready(setup.init())
+        trainer = Trainer(
+            setup,
+            state,
+            start=start,
+            run_dir=run_dir,
+            sinks=sinks,
+            checkpoints=checkpoints,
+            console=console,
+            ledger=ledger,
+            seconds_before=meta.get("seconds", 0.0),
+            identity=identity,
+        )
+        del state, restored
+        status = "failed"
+        try:
+            trainer.compile()
+            trainer.fit()
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
+        except Diverged:
+            status = "diverged"
+            raise
+        finally:
+            trainer.finish(status)
+            if status != "done" and first:
+                stack.close()
+                _report_anyway(run_dir)
+
+
+def _report_anyway(run_dir: Path) -> None:
+    """A run that did not finish has a report too; a fault in writing it must not hide why the run ended."""
+    from maxpretrain.monitor.report import write_report
+
+    with contextlib.suppress(Exception):
+        write_report([run_dir])
+
+
+def _write_description(run: Run, setup: Any, run_dir: Path) -> None:
+    import json
+
+    from maxpretrain import configio, environment
+
+    setup.prepared.tokenizer.save(run_dir / "tokenizer")
+    (run_dir / "config.json").write_text(configio.to_json(run))
+    (run_dir / "environment.json").write_text(json.dumps(environment.describe(), indent=2) + "\n")
+
+
+def _announce(setup: Any, sinks: Any, console: Any, start: int) -> None:
+    from maxpretrain.models import parameter_count
+
+    run, prepared, layout = setup.run, setup.prepared, setup.layout
+    device = layout.mesh.devices.flat[0]
+    parameters = parameter_count(run.model)
+    tokens = sum(store.num_tokens for store in prepared.train)
+    console.say(
+        f"{run.name}: {parameters / 1e6:.1f} M parameters, {tokens / 1e6:.2f} M training tokens, "
+        f"{run.steps} steps of {run.tokens_per_step} tokens, {layout.num_devices} × {device.device_kind} ({layout.describe()}), "
+        f"{setup.model.execution.dtype}"
+    )
+    if setup.choices:
+        console.say("; ".join(setup.choices))
+    baselines = prepared.baselines
+    if baselines:
+        console.say(
+            f"baselines on the validation text: unigram {baselines['unigram_bits_per_byte']:.3f}, "
+            f"bigram {baselines['bigram_bits_per_byte']:.3f} bits per byte"
+        )
+    sinks.event(
+        "start", step=start, devices=layout.num_devices, device_kind=device.device_kind, parameters=parameters
+    )
+    sinks.event("baselines", **baselines)

@@ -1,0 +1,125 @@
+"""Everything a training loop needs, assembled and checked; nothing is compiled and nothing written to the run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from maxpretrain import hardware, models, optim
+from maxpretrain.config import Run
+from maxpretrain.data.pipeline import EvaluationBatches, Pipeline
+from maxpretrain.data.prepare import Prepared
+from maxpretrain.errors import UserError
+from maxpretrain.evaluate.perplexity import Evaluator
+from maxpretrain.mesh import Layout, make_layout
+from maxpretrain.models import Model
+from maxpretrain.train.state import State, abstract_state, init_state
+from maxpretrain.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run, on its mesh.
+
+    Attributes:
+        run: resolved: `model.vocab_size` is a number.
+        choices: lines that say what was chosen for `auto`.
+    """
+
+    run: Run
+    prepared: Prepared
+    layout: Layout
+    model: Model
+    optimizer: optax.GradientTransformation
+    pipeline: Pipeline
+    evaluator: Evaluator
+    choices: list[str]
+
+    @property
+    def abstract_state(self) -> State:
+        return abstract_state(self.model, self.optimizer, self.layout)
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        batch = self.run.batch
+        return {
+            name: jax.ShapeDtypeStruct((batch.size, *shape), dtype, sharding=self.layout.batch_sharding())
+            for name, (shape, dtype) in self.run.objective.fields(batch.length).items()
+        }
+
+    def init(self) -> State:
+        return init_state(self.model, self.optimizer, self.layout, self.run.seed)
+
+    def train_step(self) -> Callable[..., Any]:
+        run = self.run
+        return make_train_step(
+            self.model,
+            run.objective,
+            self.optimizer,
+            run.optimizer,
+            _learning_rate(run),
+            seed=run.seed,
+            microbatches=run.batch.microbatches,
+        )
+
+
+def _learning_rate(run: Run) -> Callable[[Any], Any]:
+    opt = run.optimizer
+    return optim.schedule(opt.schedule, peak_lr=opt.peak_lr, steps=run.steps, tokens_per_step=run.tokens_per_step)
+
+
+def resolve_vocabulary(run: Run, vocab_size: int) -> Run:
+    """The run with `model.vocab_size` set; a tokenizer with more ids than the model has rows is refused."""
+    rows = run.model.vocab_size
+    if rows is None:
+        return run.replace(model=dataclasses.replace(run.model, vocab_size=vocab_size))
+    if rows < vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} ids, but model.vocab_size is {rows}; use --model.vocab-size {vocab_size} or more, or None"
+        )
+    return run
+
+
+def build(run: Run, prepared: Prepared) -> Setup:
+    """Assembles a run.
+
+    Raises:
+        UserError: a number that the mesh does not divide, a text shorter than a window, a kernel that cannot serve.
+    """
+    run = resolve_vocabulary(run, prepared.tokenizer.vocab_size)
+    layout = make_layout(run.mesh)
+    devices, parts = layout.num_devices, layout.extent("batch")
+    execution, choices = hardware.resolve(run, layout.mesh.devices.flat[0], devices=devices, batch_parts=parts)
+    model = models.build(run.model, execution)
+    layout.check(model.abstract, run.batch.size, run.batch.microbatches)
+    optimizer = optim.build_optimizer(
+        run.optimizer,
+        steps=run.steps,
+        tokens_per_step=run.tokens_per_step,
+        decay_mask=optim.decay_mask(model.abstract),
+    )
+    rows = layout.local_rows(run.batch.size)
+    pipeline = Pipeline(
+        prepared.train,
+        run.data.weights,
+        run.objective,
+        batch_size=run.batch.size,
+        length=run.batch.length,
+        seed=run.seed,
+        shuffle=run.data.shuffle,
+        rows=rows,
+    )
+    batches = EvaluationBatches(
+        prepared.validation,
+        run.objective.measured(),
+        batch_size=run.batch.size,
+        length=run.batch.length,
+        batches=run.evaluation.batches,
+        rows=rows,
+    )
+    evaluator = Evaluator(model, run.objective, layout, batches, run.batch.size)
+    return Setup(run, prepared, layout, model, optimizer, pipeline, evaluator, choices)
