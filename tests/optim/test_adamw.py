@@ -27,12 +27,6 @@ FIRST = {"w": jnp.asarray([0.1, -0.2], jnp.float32), "b": jnp.asarray([0.3], jnp
 SECOND = {"w": jnp.asarray([-0.4, 0.05], jnp.float32), "b": jnp.asarray([0.0], jnp.float32)}
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
-
-
 def stepper(config, mask=MASK):
     tx = build_optimizer(config, steps=3, tokens_per_step=1, decay_mask=mask)
 

@@ -8,13 +8,6 @@ import pytest
 from maxpretrain.config import OptimizerConfig
 from maxpretrain.optim import clip, global_norm
 
-
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
-
-
 GRADS = {"a": jnp.asarray([3.0, 0.0], jnp.float32), "b": {"c": jnp.asarray([[-4.0]], jnp.float32)}}
 
 

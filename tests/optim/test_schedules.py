@@ -13,12 +13,6 @@ from maxpretrain.errors import UserError
 from maxpretrain.optim import schedule
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
-
-
 def at(config, t, *, peak=1.0, steps=100, tokens_per_step=10):
     """The rate at times t, computed three ways that must agree: Python int, numpy array, jit."""
     rate = schedule(config, peak_lr=peak, steps=steps, tokens_per_step=tokens_per_step)
