@@ -44,7 +44,7 @@ def _one_document(file: File) -> Iterator[Part]:
     start, held = 0, b""
     for block in packing.blocks(file.path, file.packing):
         held += block
-        if len(held) > base.PART_BYTES:
+        while len(held) > base.PART_BYTES:
             # What is held back keeps the last part from being empty.
             cut = _cut(held, base.PART_BYTES)
             yield Part(

@@ -61,13 +61,21 @@ class TensorFlowDatasets(Source):
     def _source(self) -> Any:
         builder = _builder(self.dataset)
         try:
-            return builder.as_data_source(self.split)
+            source = builder.as_data_source(self.split)
         except (NotImplementedError, ImportError) as error:
             kind = builder.info.file_format
             raise UserError(
                 f"the dataset {self.dataset} is stored as {getattr(kind, 'value', kind)}, which only tensorflow reads; prepare it again with "
                 f"file_format='array_record', or install tensorflow to convert it"
             ) from error
+        if (
+            len(source) != self._examples
+        ):  # tensorflow-datasets gives the whole split of a Parquet dataset, whatever slice was asked for
+            raise UserError(
+                f'tensorflow-datasets gives {len(source)} examples for data.tfds_split "{self.split}" of {self.dataset}, which has '
+                f"{self._examples}: slices do not work for this format; use a whole split, or file_format='array_record'"
+            )
+        return source
 
     def units(self) -> list[Any]:
         return [self]
