@@ -7,8 +7,6 @@ text says: a document that spells `</s>` must not end itself.
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import io
 import json
 import re
@@ -20,11 +18,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from maxpretrain.config import TokenizerConfig
-from maxpretrain.data.store import canonical, storage_errors, write_atomically
+from maxpretrain.data.store import canonical
+from maxpretrain.data.tokenizer_base import MANIFEST, SPECIAL, Tokenizer, fingerprint
+from maxpretrain.data.tokenizer_plain import Bytes, Characters
 from maxpretrain.errors import UserError
 
-MANIFEST = "maxpretrain_tokenizer.json"
-SPECIAL = {"unk_id": "<unk>", "bos_id": "<s>", "eos_id": "</s>", "pad_id": "<pad>"}
+__all__ = ["Bytes", "Characters", "HuggingFace", "SentencePiece", "Tokenizer", "load_tokenizer", "train_tokenizer"]
+
 _SPACE = "\u2581"  # sentencepiece's stand-in for a space
 _RESERVED = re.compile(
     "\n+|[\u2581\u2585\u0001]+"
@@ -33,94 +33,6 @@ _DELIMITER = "\u0001"
 _TRAIN_THREADS = (
     16  # a constant: sums of a unigram model's counts depend on it in the last bits, and so would the pieces
 )
-
-
-class Tokenizer:
-    """Text to ids and back.
-
-    Attributes:
-        kind: "sentencepiece", "huggingface", "bytes" or "characters".
-        vocab_size: every id is below it.
-        bos_id, eos_id, pad_id, unk_id: ids of control pieces, or None; pad is never the same id as eos.
-        fingerprint: sha256 hex of what determines the ids.
-    """
-
-    kind: ClassVar[str]
-    vocab_size: int
-    bos_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-    unk_id: int | None = None
-    fingerprint: str
-
-    def encode(self, text: str) -> np.ndarray:
-        """int32 [tokens]: the ids of `text`, without bos or eos."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Many texts at once, which is much faster.
-
-        Returns:
-            ids: int32, of all texts one after another.
-            lengths: int64 [len(texts)], how many belong to each.
-        """
-        raise NotImplementedError
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control pieces have none, bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.piece_bytes(int(i)) for i in ids).decode("utf-8", "replace")
-
-    def piece(self, id: int) -> str:
-        """The name of an id, for showing."""
-        return self.piece_bytes(id).decode("utf-8", "backslashreplace")
-
-    def piece_bytes(self, id: int) -> bytes:
-        """What the id adds to the text, in UTF-8; empty for a control piece."""
-        raise NotImplementedError
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text as the ids arrive; half a character waits for its other half. Joined, it is `decode(ids)`."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for i in ids:
-            yield decoder.decode(self.piece_bytes(int(i)))
-        yield decoder.decode(b"", final=True)
-
-    @property
-    def joins(self) -> bool:
-        """Whether ids of consecutive parts of a text, cut at a newline, are ids of the whole; if so long documents are made in parts."""
-        a, b = "some words,\n", "and  others\n"
-        return self.decode(np.concatenate([self.encode(a), self.encode(b)])) == a + b
-
-    def save(self, directory: Path | str) -> None:
-        """Writes `maxpretrain_tokenizer.json` and the file it names, if any, into `directory`."""
-        directory = Path(directory)
-        manifest = {
-            "format": "maxpretrain tokenizer",
-            "kind": self.kind,
-            "fingerprint": self.fingerprint,
-            **self._state(),
-        }
-        with storage_errors(f"writing the tokenizer to {directory}"):
-            directory.mkdir(parents=True, exist_ok=True)
-            for name, data in self._files().items():
-                write_atomically(directory / name, data)
-            write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=True).encode())
-
-    def _state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("vocab_size", *SPECIAL)}
-
-    def _files(self) -> dict[str, bytes]:
-        return {}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:12]!r})"
-
-
-def _fingerprint(kind: str, *parts: bytes) -> str:
-    digest = hashlib.sha256(kind.encode())
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
 
 
 class SentencePiece(Tokenizer):
@@ -147,7 +59,7 @@ class SentencePiece(Tokenizer):
         self.vocab_size = p.get_piece_size()
         self.unk_id, self.bos_id, self.eos_id = (i if i >= 0 else None for i in (p.unk_id(), p.bos_id(), p.eos_id()))
         self.pad_id = p.pad_id() if p.pad_id() >= 0 and p.pad_id() != self.eos_id else None
-        self.fingerprint = _fingerprint(self.kind, model)
+        self.fingerprint = fingerprint(self.kind, model)
         self._table = [self._bytes_of(i) for i in range(self.vocab_size)]
         space = [p.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
         self._space_ids = space if all(p.is_byte(i) for i in space) else None
@@ -236,7 +148,7 @@ class HuggingFace(Tokenizer):
         if self.pad_id == self.eos_id:
             self.pad_id = None
         self._special = {name: getattr(self, name) for name in SPECIAL}
-        self.fingerprint = _fingerprint(self.kind, data, canonical(self._special))
+        self.fingerprint = fingerprint(self.kind, data, canonical(self._special))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFace, (self._data, self._special)
@@ -272,113 +184,6 @@ class HuggingFace(Tokenizer):
 
     def _files(self) -> dict[str, bytes]:
         return {"tokenizer.json": self._data}
-
-
-class _Plain(Tokenizer):
-    """What bytes and characters share: user symbols take the ids after the alphabet.
-
-    A symbol named `<s>`, `</s>`, `<pad>` or `<unk>` is that control piece; without one the tokenizer has none, and
-    documents follow each other with nothing between.
-    """
-
-    def __init__(self, alphabet: int, symbols: Sequence[str]):
-        if len(set(symbols)) != len(symbols) or "" in symbols:
-            raise UserError(f"tokenizer.user_symbols {tuple(symbols)} must be distinct and not empty")
-        self.symbols = tuple(symbols)
-        self.vocab_size = alphabet + len(self.symbols)
-        self._alphabet = alphabet
-        for name, text in SPECIAL.items():
-            setattr(self, name, alphabet + self.symbols.index(text) if text in self.symbols else None)
-        matched = sorted((s for s in self.symbols if s not in SPECIAL.values()), key=len, reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, matched)) + ")") if matched else None
-
-    @property
-    def joins(self) -> bool:
-        return True
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        parts = [self._encode(text) for text in texts]
-        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-        return np.concatenate([np.zeros(0, np.int32), *parts]), lengths
-
-    def _encode(self, text: str) -> np.ndarray:
-        if self._pattern is None:
-            return self._encode_plain(text)
-        parts = self._pattern.split(text)
-        symbol = lambda s: np.array([self._alphabet + self.symbols.index(s)], np.int32)  # noqa: E731
-        return np.concatenate([symbol(p) if i % 2 else self._encode_plain(p) for i, p in enumerate(parts)])
-
-    def _encode_plain(self, text: str) -> np.ndarray:
-        raise NotImplementedError
-
-    def _symbol_bytes(self, id: int) -> bytes:
-        symbol = self.symbols[id - self._alphabet]
-        return b"" if symbol in SPECIAL.values() else symbol.encode()
-
-    def piece(self, id: int) -> str:
-        return self.symbols[id - self._alphabet] if id >= self._alphabet else super().piece(id)
-
-    def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "symbols": self.symbols}
-
-
-class Bytes(_Plain):
-    """UTF-8 bytes: id = byte; user symbols from 256 on."""
-
-    kind = "bytes"
-
-    def __init__(self, symbols: Sequence[str] = ()):
-        super().__init__(256, symbols)
-        self.fingerprint = _fingerprint(self.kind, canonical(self.symbols))
-
-    def _encode_plain(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-
-    def piece_bytes(self, id: int) -> bytes:
-        return bytes([id]) if id < 256 else self._symbol_bytes(id)
-
-
-class Characters(_Plain):
-    """One id a character, in the order of code points; user symbols after them.
-
-    A character that the alphabet lacks is `<unk>` where that is among the user symbols, and an error otherwise.
-
-    Args:
-        characters: the alphabet; sorted here.
-        symbols: user symbols.
-    """
-
-    kind = "characters"
-
-    def __init__(self, characters: Iterable[str], symbols: Sequence[str] = ()):
-        self.characters = "".join(sorted(set(characters)))
-        super().__init__(len(self.characters), symbols)
-        self.fingerprint = _fingerprint(self.kind, canonical([self.characters, self.symbols]))
-        codes = np.frombuffer(self.characters.encode("utf-32-le"), np.uint32)
-        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last one stands for all beyond
-        self._ids[codes] = np.arange(len(codes))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Characters, (self.characters, self.symbols)
-
-    def _encode_plain(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
-        if len(ids) and ids.min() < 0:
-            if self.unk_id is None:
-                character = chr(codes[int(np.argmin(ids))])
-                raise UserError(
-                    f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self.characters)} characters that the tokenizer "
-                    f'knows; train on text that has it, or add "<unk>" to tokenizer.user_symbols'
-                )
-            ids = np.where(ids < 0, np.int32(self.unk_id), ids)
-        return ids
-
-    def piece_bytes(self, id: int) -> bytes:
-        return self.characters[id].encode() if id < self._alphabet else self._symbol_bytes(id)
-
-    def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "characters": self.characters}
 
 
 def load_tokenizer(path: Path | str, kind: str | None = None) -> Tokenizer:
