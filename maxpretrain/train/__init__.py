@@ -96,7 +96,10 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
         for line in changes:
             console.say(line)
         with ledger("prepare"):
-            prepared = prepare(run, console)
+            with console.working("preparing the data") as work:
+                prepared = prepare(
+                    run, console.say, lambda stage, done, total: work.update(f"{stage} {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+                )
             setup = setups.build(run, prepared)
         checkpoints = Checkpoints(
             run_dir / "checkpoints", keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best, warn=console.warn, debug=debug
