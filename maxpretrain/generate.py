@@ -7,8 +7,8 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from os import PathLike
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,83 +17,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxpretrain.data.tokenizer import Tokenizer
 from maxpretrain.errors import Diverged, UserError
-from maxpretrain.models import Model
+from maxpretrain.models import Model, build
+from maxpretrain.sampling import NOT_FINITE, Sampling, draw, settings
 
 Stream = Callable[[int, str], None]
 State = dict[str, Any]
 
-PIECE = 256  # tokens of a prompt that go through the network at one time, at most
-CHUNK = 32  # tokens that one dispatch makes, at most
-NOTHING, NOT_FINITE = -1, -2  # in place of a token: the row stands still; its logits are no numbers
-
-
-class Sampling(NamedTuple):
-    """How a token is drawn: logits / temperature, then the `top_k` likeliest, then the likeliest of total probability `top_p`.
-
-    Attributes:
-        seed: uint32; token number n of row r is drawn with the key (seed, r, n), whatever else is in the batch.
-        temperature: float32 above 0.
-        top_k: int32 in [1, V].
-        top_p: float32 in (0, 1].
-    """
-
-    seed: Any
-    temperature: Any
-    top_k: Any
-    top_p: Any
-
-
-def filtered(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits with −∞ for what is not among the likeliest.
-
-    A token is kept if its rank is below `top_k` and those before it have less than `top_p` of the probability that is left
-    after `top_k`; so the likeliest always is. Tokens as likely as the last one kept are kept too.
-
-    Args:
-        logits: float32 [B, V], already divided by the temperature.
-        top_k: int32 [].
-        top_p: float32 [].
-
-    Reference: Holtzman et al. 2020, arXiv:1904.09751, §3.1; the order is that of Hugging Face transformers.
-    """
-    ranked = -jnp.sort(-logits, axis=-1)
-    rank = jax.lax.broadcasted_iota(jnp.int32, ranked.shape, 1)
-    ranked = jnp.where(rank < top_k, ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = jnp.logical_and(rank < top_k, jnp.logical_or(before < top_p, jnp.logical_or(top_p >= 1.0, rank == 0)))
-    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def draw(logits: jax.Array, number: jax.Array, sampling: Sampling, mode: str) -> jax.Array:
-    """The next token of every row.
-
-    Args:
-        logits: float32 [B, V].
-        number: int32 [B], how many tokens each row was given before.
-        mode: "greedy" (the likeliest), "sample", or "filter" (sample with top_k and top_p).
-
-    Returns:
-        int32 [B]; NOT_FINITE for a row whose logits are NaN or infinite.
-    """
-    peak = jnp.max(logits, axis=-1)
-    if mode != "greedy":
-        logits = logits / sampling.temperature
-        if mode == "filter":
-            logits = filtered(logits, sampling.top_k, sampling.top_p)
-        key = jax.random.key(sampling.seed, impl="threefry2x32")
-        rows = jnp.arange(logits.shape[0])
-        keys = jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n))(rows, number)
-        logits = logits + jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-    return jnp.where(jnp.isfinite(peak), jnp.argmax(logits, axis=-1).astype(jnp.int32), NOT_FINITE)
+PIECE = 256  # tokens of a long prompt that go through the network at one time, at most
+CHUNK = 32  # tokens a row that one dispatch makes, at most
+NOTHING = -1  # in place of a token: none was made
 
 
 class _Programs:
-    """What is compiled: an empty state, a piece of prompts, a chunk of tokens.
+    """What is compiled: an empty state, a chunk of tokens one by one, a piece of long prompts at once.
 
     The state of B rows: `cache`; `token` [B], the newest; `position` [B], where it will stand; `number` [B], new tokens so
-    far; `done` [B], ended by eos. A row whose position is beyond the cache stands still until its prompt is given again.
+    far; `done` [B], ended. A row whose position lies beyond the cache stands still until it is restarted.
     """
 
     def __init__(self, model: Model, vocab_size: int, eos_id: int | None, place: NamedSharding | None):
@@ -102,23 +41,77 @@ class _Programs:
         # state would come out placed differently than it went in, and the next call would compile again.
         jit = functools.partial(jax.jit, out_shardings=place)
         self.empty = jit(self._empty, static_argnums=(0, 1))
-        self.prefill = jit(self._prefill, static_argnames="mode", donate_argnames="state")
         self.chunk = jit(self._chunk, static_argnames="mode", donate_argnames="state")
+        self.prefill = jit(self._prefill, static_argnames="mode", donate_argnames="state")
 
     def _empty(self, rows: int, capacity: int) -> State:
-        zeros = lambda dtype: jnp.zeros((rows,), dtype)  # noqa: E731
-        return {
-            "cache": self._model.empty_cache(rows, capacity),
-            "token": zeros(jnp.int32),
-            "position": zeros(jnp.int32),
-            "number": zeros(jnp.int32),
-            "done": zeros(jnp.bool_),
-        }
+        numbers = {name: jnp.zeros((rows,), jnp.int32) for name in ("token", "position", "number")}
+        cache = self._model.empty_cache(rows, capacity)
+        return numbers | {"cache": cache, "done": jnp.zeros((rows,), jnp.bool_)}
 
     def _next(self, params: Any, hidden: jax.Array, state: State, sampling: Sampling, mode: str) -> jax.Array:
-        """[B, D] -> the token after each. Rows of the embedding beyond the tokenizer's ids are never chosen."""
+        """[B, D] -> the token after each; never one beyond the tokenizer's ids, which a padded embedding has too."""
         logits = self._model.logits(params, hidden)[:, : self._vocab_size]
         return draw(logits, state["number"], sampling, mode)
+
+    def _given(self, state: State, token: jax.Array, position: jax.Array, rows: jax.Array) -> State:
+        """The state after `rows` were given a new token, which will stand at `position`."""
+        ended = token == NOT_FINITE
+        if self._eos_id is not None:
+            ended = jnp.logical_or(ended, token == self._eos_id)
+        new = {"token": jnp.maximum(token, 0), "position": position, "number": state["number"] + 1, "done": ended}
+        return state | {name: jnp.where(rows, value, state[name]) for name, value in new.items()}
+
+    def _chunk(
+        self,
+        params: Any,
+        state: State,
+        given: jax.Array,
+        count: jax.Array,
+        limit: jax.Array,
+        sampling: Sampling,
+        mode: str,
+    ) -> tuple[State, jax.Array]:
+        """`count` steps of one token for every row that has not ended, has made fewer than `limit`, and has room.
+
+        Args:
+            given: int32 [B, CHUNK + 1], tokens of rows that start (again) here, then NOTHING: a short prompt goes
+                through the same loop as what it makes, so that nothing else need be compiled for it.
+            count: int32 [], at most CHUNK.
+
+        Returns:
+            The state, and int32 [B, CHUNK] new tokens, NOTHING where none was made.
+        """
+        capacity = state["cache"]["key"].shape[2]
+        restart = given[:, 0] != NOTHING
+        state = state | {
+            "token": jnp.where(restart, given[:, 0], state["token"]),
+            "position": jnp.where(restart, 0, state["position"]),
+        }
+
+        def active(state: State) -> jax.Array:
+            going = jnp.logical_and(state["number"] < limit, state["position"] < capacity)
+            return jnp.logical_and(going, jnp.logical_not(state["done"]))
+
+        def going(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+            return jnp.logical_and(carry[0] < count, jnp.any(active(carry[1])))
+
+        def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+            i, state, out = carry
+            at, moves = state["position"], active(state)
+            hidden, cache = self._model.decode(params, state["token"][:, None], at[:, None], state["cache"])
+            token = self._next(params, hidden[:, 0], state, sampling, mode)
+            known = given[:, i + 1]
+            forced = known != NOTHING
+            new = jnp.logical_and(moves, jnp.logical_not(forced))
+            state = self._given(state | {"cache": cache}, token, at + 1, new)
+            state["token"] = jnp.where(forced, known, state["token"])
+            state["position"] = jnp.where(forced, at + 1, state["position"])
+            return i + 1, state, out.at[:, i].set(jnp.where(new, token, NOTHING))
+
+        out = jnp.full((given.shape[0], CHUNK), NOTHING, jnp.int32)
+        _, state, out = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, out))
+        return state, out
 
     def _prefill(
         self,
@@ -130,118 +123,175 @@ class _Programs:
         sampling: Sampling,
         mode: str,
     ) -> tuple[State, jax.Array]:
-        """Positions start … start + P − 1 of prompts; a prompt that ends among them gets its next token.
+        """Positions start … start + P − 1 of long prompts; a prompt that ends among them gets its next token.
 
         Args:
             tokens: int32 [B, P], padded at the end.
             lengths: int32 [B] of the whole prompts; 0: the row has none and keeps its state.
+
+        Returns:
+            The state, and int32 [B, 1] new tokens, NOTHING where none was made.
         """
         size = tokens.shape[1]
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape)
         # Padding is written to slots that come later, where no query looks before a real token replaces it.
         hidden, cache = self._model.decode(params, tokens, positions, state["cache"])
-        mine = lengths > 0
-        keep = lambda new, old: jnp.where(mine.reshape(1, -1, *[1] * (new.ndim - 2)), new, old)  # noqa: E731
-        state = state | {"cache": jax.tree.map(keep, cache, state["cache"])}
+        mine = (lengths > 0)[None, :, None, None, None]
+        state = state | {"cache": jax.tree.map(lambda new, old: jnp.where(mine, new, old), cache, state["cache"])}
         ends = jnp.logical_and(lengths > start, lengths <= start + size)
         last = jnp.clip(lengths - 1 - start, 0, size - 1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         token = self._next(params, hidden, state, sampling, mode)
-        return self._given(state, token, ends, lengths)
-
-    def _given(self, state: State, token: jax.Array, active: jax.Array, position: jax.Array) -> tuple[State, jax.Array]:
-        """The state after active rows were given a token, which will stand at `position`."""
-        ended = jnp.zeros_like(active) if self._eos_id is None else token == self._eos_id
-        after = {
-            "token": jnp.maximum(token, 0),
-            "position": position,
-            "number": state["number"] + 1,
-            "done": jnp.logical_or(ended, token == NOT_FINITE),
-        }
-        return (
-            state | {name: jnp.where(active, new, state[name]) for name, new in after.items()},
-            jnp.where(active, token, NOTHING),
-        )
-
-    def _chunk(
-        self, params: Any, state: State, count: jax.Array, limit: jax.Array, sampling: Sampling, mode: str
-    ) -> tuple[State, jax.Array]:
-        """`count` more tokens for every row that is not done, has fewer than `limit`, and has room: int32 [B, CHUNK]."""
-        capacity = state["cache"]["key"].shape[2]
-
-        def active(state: State) -> jax.Array:
-            going = jnp.logical_and(state["number"] < limit, state["position"] < capacity)
-            return jnp.logical_and(going, jnp.logical_not(state["done"]))
-
-        def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
-            i, state, out = carry
-            at = state["position"]
-            hidden, cache = self._model.decode(params, state["token"][:, None], at[:, None], state["cache"])
-            token = self._next(params, hidden[:, 0], state, sampling, mode)
-            state, token = self._given(state | {"cache": cache}, token, active(state), at + 1)
-            return i + 1, state, out.at[:, i].set(token)
-
-        def going(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
-            return jnp.logical_and(carry[0] < count, jnp.any(active(carry[1])))
-
-        out = jnp.full((state["token"].shape[0], CHUNK), NOTHING, jnp.int32)
-        _, state, out = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), state, out))
-        return state, out
+        return self._given(state, token, lengths, ends), jnp.where(ends, token, NOTHING)[:, None]
 
 
-class _Text:
-    """The text of one row as its ids arrive; half a character waits for its other half."""
+class _Row:
+    """One prompt and what becomes of it. The cache holds `ids[start:]`, but for the newest."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer, prompt: str):
+        self.ids: list[int] = tokenizer.encode(prompt).tolist()
+        self.start = self.number = 0
+        self.finished = False
+        self.parts: list[str] = []
         self._queue: deque[int] = deque()
-        self._stream = tokenizer.stream(self._ids())
-        for i in prompt:  # a tokenizer may treat the beginning of a text differently from its middle
-            self.push(i)
+        self._text = tokenizer.stream(self._arriving())
+        for i in self.ids:  # some tokenizers treat the beginning of a text differently from its middle
+            self._push(i)
+        if not self.ids:
+            first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+            if first is None:
+                raise UserError(
+                    f"the prompt is empty, and a {tokenizer.kind} tokenizer without bos and eos has nothing to begin with; "
+                    "give at least one character"
+                )
+            self.ids.append(first)
 
-    def _ids(self) -> Iterator[int]:
+    @property
+    def context(self) -> list[int]:
+        return self.ids[self.start :]
+
+    def add(self, token: int, *, ends: bool, last: bool) -> str:
+        """Takes a new token and returns the text that it completes; half a character waits for its other half."""
+        self.number += 1
+        self.finished = ends or last
+        text = ""
+        if not ends:
+            self.ids.append(token)
+            text = self._push(token)
+        if self.finished:
+            text += next(self._text, "")  # bytes that no character came of
+        if text:
+            self.parts.append(text)
+        return text
+
+    def _arriving(self) -> Iterator[int]:
         while self._queue:
             yield self._queue.popleft()
 
-    def push(self, id: int) -> str:
-        self._queue.append(id)
-        return next(self._stream)
-
-    def rest(self) -> str:
-        return next(self._stream, "")
+    def _push(self, token: int) -> str:
+        self._queue.append(token)
+        return next(self._text)
 
 
 @dataclasses.dataclass
-class _Row:
-    """One prompt and what became of it. The cache holds `ids[start:]`, but for the newest."""
+class _Batch:
+    """One call: rows that are continued together, each as it would be alone."""
 
-    ids: list[int]
-    text: _Text
-    start: int = 0
-    number: int = 0
-    finished: bool = False
-    parts: list[str] = dataclasses.field(default_factory=list)
+    programs: _Programs
+    params: Any
+    rows: list[_Row]
+    eos_id: int | None
+    limit: int  # new tokens a row
+    capacity: int  # of the cache, in tokens a row
+    mode: str
+    sampling: Sampling
+    stream: Stream | None
+
+    def run(self) -> list[str]:
+        self._state = self.programs.empty(len(self.rows), self.capacity)
+        count = 1 if self.stream else CHUNK
+        while not all(row.finished for row in self.rows):
+            starting = self._starting()
+            longest = max((len(context) for context in starting.values()), default=0)
+            if longest > CHUNK:
+                self._prefill(starting, longest)
+                continue
+            begun = time.perf_counter()
+            self._chunk(starting, max(count, longest))
+            if self.stream:  # text that arrives a few times a second is smooth enough
+                count = min(2 * count, CHUNK) if time.perf_counter() - begun < 0.05 else max(count // 2, 1)
+        return ["".join(row.parts) for row in self.rows]
+
+    def _starting(self) -> dict[int, list[int]]:
+        """Rows at their beginning, or at the end of the cache, which go on from the last half of it; and their contexts."""
+        starting = {}
+        for index, row in enumerate(self.rows):
+            full = len(row.context) > self.capacity
+            if full:
+                row.start = len(row.ids) - max(self.capacity // 2, 1)
+            if not row.finished and (full or not row.number):
+                starting[index] = row.context
+        return starting
+
+    def _chunk(self, starting: dict[int, list[int]], count: int) -> None:
+        given = np.full((len(self.rows), CHUNK + 1), NOTHING, np.int32)
+        for index, context in starting.items():
+            given[index, : len(context)] = context
+        self._state, out = self.programs.chunk(
+            self.params, self._state, given, np.int32(count), np.int32(self.limit), self.sampling, mode=self.mode
+        )
+        self._take(out)
+
+    def _prefill(self, starting: dict[int, list[int]], longest: int) -> None:
+        piece = min(_bucket(longest), PIECE, self.capacity)
+        lengths = np.zeros(len(self.rows), np.int32)
+        tokens = np.zeros((len(self.rows), -(-longest // piece) * piece), np.int32)
+        for index, context in starting.items():
+            lengths[index] = len(context)
+            tokens[index, : len(context)] = context
+        for start in range(0, tokens.shape[1], piece):
+            part = tokens[:, start : start + piece]
+            self._state, out = self.programs.prefill(
+                self.params, self._state, part, np.int32(start), lengths, self.sampling, mode=self.mode
+            )
+            self._take(out)
+
+    def _take(self, out: jax.Array) -> None:
+        """Adds new tokens [B, n] to their rows."""
+        for index, (row, tokens) in enumerate(zip(self.rows, jax.device_get(out).tolist(), strict=True)):
+            for token in tokens:
+                if token == NOT_FINITE:
+                    raise Diverged(
+                        f"the model's logits after {len(row.ids)} tokens of prompt {index} are not finite: its training diverged; use "
+                        "an earlier checkpoint"
+                    )
+                if token == NOTHING:
+                    continue
+                text = row.add(token, ends=token == self.eos_id, last=row.number + 1 == self.limit)
+                if text and self.stream:
+                    self.stream(index, text)
 
 
 class Generator:
     """Continues texts; keeps what it compiled for the next call.
 
     Args:
-        model: a decoder.
-        tokenizer: its ids are below the model's vocabulary.
+        model: a decoder; how it is run here (one loop over layers, which compiles fastest) is chosen apart from how it is trained.
+        tokenizer: the one it was trained with.
+
+    Raises:
+        UserError: the tokenizer has ids that the model has not.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer):
-        vocab_size = model.config.vocab_size
-        assert vocab_size is not None
-        if tokenizer.vocab_size > vocab_size:
+        size = model.config.vocab_size
+        if size is None or tokenizer.vocab_size > size:
             raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, but the model's vocabulary only {vocab_size}; use the tokenizer that it was trained with"
+                f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {size}; use the tokenizer that it was trained with"
             )
-        self._model, self._tokenizer = model, tokenizer
+        self._model = build(model.config, dataclasses.replace(model.execution, scan=True, remat="none"))
+        self._tokenizer = tokenizer
         self._programs: dict[NamedSharding | None, _Programs] = {}
-        # A table of positions ends; rotary ones do not.
-        bounded = model.config.position in ("learned", "sinusoidal")
-        self._limit = model.config.max_length if bounded else None
 
     def __call__(
         self,
@@ -257,132 +307,46 @@ class Generator:
     ) -> list[str]:
         """Continuations, without their prompts, each as it would be alone.
 
-        A text that outgrows a bounded window (a table of learned positions) goes on from the last half of it.
+        Where positions are a table, a text that outgrows it goes on from the last half of the window.
 
         Args:
             params: of the model; on one device or spread over a mesh.
             prompts: texts; an empty one begins with the tokenizer's bos, or eos where it has none.
             max_new_tokens: of each continuation, which ends earlier at eos.
-            temperature: 0 takes the likeliest token, and ignores what follows here.
+            temperature: 0 takes the likeliest token, and makes no use of the rest.
             top_k: draw among the so many likeliest only.
             top_p: draw among the likeliest of total probability p only.
             seed: the same one draws the same texts.
-            stream: called with (index of the prompt, piece of text) as text arrives; only whole characters.
+            stream: called with (index of the prompt, text) as text arrives, in whole characters.
 
         Raises:
             UserError: a setting is out of range, or a prompt is empty and the tokenizer has neither bos nor eos.
-            Diverged: the model's logits are not finite.
+            Diverged: the logits are not finite.
         """
-        mode, sampling = self._sampling(temperature, top_k, top_p, seed)
+        tokenizer = self._tokenizer
+        mode, sampling = settings(tokenizer.vocab_size, temperature, top_k, top_p, seed)
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-        rows = [self._row(prompt) for prompt in prompts]
+        rows = [_Row(tokenizer, prompt) for prompt in prompts]
         if not rows or max_new_tokens == 0:
             return [""] * len(rows)
-        programs = self._programs_for(params)
-        longest = max(len(row.ids) for row in rows)
-        capacity = _bucket(longest + max_new_tokens)
-        piece = min(_bucket(longest), PIECE, capacity)
-        if self._limit is not None and longest + max_new_tokens > self._limit:
-            capacity = self._limit
-            # The size of later prefills too, so that they need not be compiled.
-            piece = min(max(piece, _bucket(capacity // 2)), PIECE, capacity)
-        state = programs.empty(len(rows), capacity)
-        count, limit = (1 if stream else CHUNK), np.int32(max_new_tokens)
-        while going := [row for row in rows if not row.finished]:
-            full = [row for row in going if not row.number or len(row.ids) - row.start > capacity]
-            if full:
-                state = self._prefill(
-                    programs, params, state, rows, full, piece, capacity, sampling, mode, limit, stream
-                )
-                continue
-            begun = time.perf_counter()
-            state, out = programs.chunk(params, state, np.int32(count), limit, sampling, mode=mode)
-            self._take(rows, jax.device_get(out), max_new_tokens, stream)
-            if stream:  # a few times a second is often enough
-                count = min(2 * count, CHUNK) if time.perf_counter() - begun < 0.05 else max(count // 2, 1)
-        return ["".join(row.parts) for row in rows]
+        batch = _Batch(
+            programs=self._programs_for(params),
+            params=params,
+            rows=rows,
+            eos_id=tokenizer.eos_id,
+            limit=max_new_tokens,
+            capacity=self._capacity(max(len(row.ids) for row in rows) + max_new_tokens),
+            mode=mode,
+            sampling=sampling,
+            stream=stream,
+        )
+        return batch.run()
 
-    def _prefill(
-        self,
-        programs: _Programs,
-        params: Any,
-        state: State,
-        rows: list[_Row],
-        full: list[_Row],
-        piece: int,
-        capacity: int,
-        sampling: Sampling,
-        mode: str,
-        limit: np.int32,
-        stream: Stream | None,
-    ) -> State:
-        """Puts the contexts of the rows in `full` through the network, and takes their next tokens."""
-        lengths = np.zeros(len(rows), np.int32)
-        for i, row in enumerate(rows):
-            if any(row is other for other in full):
-                if len(row.ids) - row.start > capacity:
-                    row.start = len(row.ids) - max(capacity // 2, 1)
-                lengths[i] = len(row.ids) - row.start
-        padded = np.zeros((len(rows), -(-int(lengths.max()) // piece) * piece), np.int32)
-        for i, row in enumerate(rows):
-            if lengths[i]:
-                padded[i, : lengths[i]] = row.ids[row.start :]
-        for start in range(0, padded.shape[1], piece):
-            tokens = padded[:, start : start + piece]
-            state, out = programs.prefill(params, state, tokens, np.int32(start), lengths, sampling, mode=mode)
-            self._take(rows, jax.device_get(out)[:, None], int(limit), stream)
-        return state
-
-    def _take(self, rows: list[_Row], tokens: np.ndarray, limit: int, stream: Stream | None) -> None:
-        """Adds new tokens [B, n] to their rows."""
-        for index, (row, new) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-            for token in new:
-                if token == NOT_FINITE:
-                    raise Diverged(
-                        f"the model's logits are not finite after {len(row.ids)} tokens of prompt {index}; use an earlier checkpoint"
-                    )
-                if row.finished or token == NOTHING:
-                    continue
-                row.number += 1
-                row.finished = token == self._tokenizer.eos_id or row.number == limit
-                text = ""
-                if token != self._tokenizer.eos_id:
-                    row.ids.append(token)
-                    text = row.text.push(token)
-                if row.finished:
-                    text += row.text.rest()
-                if text:
-                    row.parts.append(text)
-                    if stream:
-                        stream(index, text)
-
-    def _row(self, prompt: str) -> _Row:
-        ids = self._tokenizer.encode(prompt).tolist()
-        text = _Text(self._tokenizer, ids)
-        if not ids:
-            first = self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
-            if first is None:
-                raise UserError(
-                    f"the prompt is empty, and a {self._tokenizer.kind} tokenizer without bos or eos cannot begin from nothing; give at least one character"
-                )
-            ids = [first]
-        return _Row(ids, text)
-
-    def _sampling(self, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> tuple[str, Sampling]:
-        for wrong, what in (
-            (not 0 <= temperature < float("inf"), f"temperature is {temperature}; it must be at least 0"),
-            (top_k is not None and top_k < 1, f"top_k is {top_k}; it must be at least 1, or None for all tokens"),
-            (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}; it must be above 0 and at most 1"),
-        ):
-            if wrong:
-                raise UserError(what)
-        vocab_size = self._tokenizer.vocab_size
-        top_k = vocab_size if top_k is None else min(top_k, vocab_size)
-        top_p = 1.0 if top_p is None else top_p
-        mode = "greedy" if temperature == 0 else "sample" if top_k == vocab_size and top_p == 1 else "filter"
-        numbers = np.float32(temperature), np.int32(top_k), np.float32(top_p)
-        return mode, Sampling(np.uint32(seed % 2**32), *numbers)
+    def _capacity(self, needed: int) -> int:
+        config = self._model.config
+        bounded = config.position in ("learned", "sinusoidal")  # not trained beyond; rotary positions do not end
+        return min(_bucket(needed), config.max_length) if bounded else _bucket(needed)
 
     def _programs_for(self, params: Any) -> _Programs:
         placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -394,7 +358,30 @@ class Generator:
 
 
 def _bucket(size: int) -> int:
-    """`size` rounded up, so that few lengths are compiled for: powers of two from 16, multiples of 1024 above that."""
-    if size > 1024:
-        return -(-size // 1024) * 1024
-    return max(16, 1 << (size - 1).bit_length())
+    """`size` rounded up, so that few lengths are compiled: powers of two from 16, above 1024 its multiples."""
+    return -(-size // 1024) * 1024 if size > 1024 else max(16, 1 << (size - 1).bit_length())
+
+
+def generate_run(
+    run_dir: str | PathLike[str],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: int | None = None,
+    stream: Stream | None = None,
+) -> list[str]:
+    """Continuations by the model of a run directory; see `Generator`.
+
+    Args:
+        step: of the checkpoint; None: the last one.
+    """
+    from maxpretrain.rundir import RunDirectory
+
+    run = RunDirectory.open(run_dir)
+    generator = Generator(run.model, run.tokenizer)
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stream": stream}
+    return generator(run.params(step), prompts, max_new_tokens=max_new_tokens, **how)
