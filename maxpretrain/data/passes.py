@@ -188,7 +188,8 @@ class Passes:
         """Results of all tasks, in order."""
         total, done = sum(s.size for s in self.sources), 0
         workers = self._data.workers or cores()
-        if total <= SMALL_BYTES or workers == 1:
+        slow = job.tokenizer is not None and job.tokenizer.kind in ("sentencepiece", "huggingface")
+        if total <= SMALL_BYTES * (1 if slow else 20) or workers == 1:
             results = map(job, self._tasks())
         else:
             job = replace(job, threads=1)

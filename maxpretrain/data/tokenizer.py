@@ -316,6 +316,7 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
             allow_whitespace_only_pieces=True,
             pretokenization_delimiter=_DELIMITER,
             character_coverage=0.9995,
+            num_sub_iterations=1,  # of expectation maximization: a third less time than 2, and no more tokens
             max_sentence_length=1 << 23,  # bytes; the default drops longer texts in silence
             unk_id=0,
             bos_id=1,
