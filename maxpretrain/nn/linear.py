@@ -22,6 +22,26 @@ def einsum(spec: str, x: jax.Array, kernel: jax.Array, *, out: jnp.dtype | None 
     return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=out or x.dtype)
 
 
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x·W over the last axis of x: [..., I] and [I, O] of one dtype -> [..., O]."""
+    return jnp.einsum("...i,io->...o", x, kernel, preferred_element_type=x.dtype)
+
+
+def _project_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    dx = jnp.einsum("...o,io->...i", dy, kernel, preferred_element_type=x.dtype)
+    # XLA's CPU backend copies the first operand of this product into transposed form, and in doing so computes again, badly
+    # vectorized, what made it. So the narrow one goes first; JAX's own rule always begins with dy.
+    tokens = tuple(range(x.ndim - 1))
+    first, second = (x, dy) if x.shape[-1] <= dy.shape[-1] else (dy, x)
+    d_kernel = jnp.tensordot(first, second, (tokens, tokens), preferred_element_type=x.dtype)
+    return dx, d_kernel if first is x else d_kernel.T
+
+
+project.defvjp(lambda x, kernel: (project(x, kernel), (x, kernel)), _project_backward)
+
+
 class Linear(Module):
     """y = x·W + b over the last `inputs` axes of x, with the shape `outputs` in their place."""
 
@@ -50,7 +70,7 @@ class Linear(Module):
         contracted, kept = kernel.shape[:n], kernel.shape[n:]
         # As one plain matrix product: the CPU and GPU libraries know no faster shape.
         flat = x.reshape(*x.shape[: x.ndim - n], math.prod(contracted)) if n > 1 else x
-        y = einsum("...i,io->...o", flat, kernel.reshape(math.prod(contracted), math.prod(kept)))
+        y = project(flat, kernel.reshape(math.prod(contracted), math.prod(kept)).astype(x.dtype))
         y = y.reshape(*y.shape[:-1], *kept)
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
