@@ -379,9 +379,17 @@ def generate_run(
     Args:
         step: of the checkpoint; None: the last one.
     """
-    from maxpretrain.rundir import RunDirectory
+    from maxpretrain.api import load
 
-    run = RunDirectory.open(run_dir)
-    generator = Generator(run.model, run.tokenizer)
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stream": stream}
-    return generator(run.params(step), prompts, max_new_tokens=max_new_tokens, **how)
+    return load(run_dir, step).generate(prompts, max_new_tokens, **how)
+
+
+def generate(
+    run: Any, prompts: Sequence[str], max_new_tokens: int = 50, temperature: float = 0.0, **how: Any
+) -> list[str]:
+    """Continuations by a run: a directory, or what `maxpretrain.load` returned; see `LoadedRun.generate`."""
+    from maxpretrain.api import load
+
+    run = load(run) if isinstance(run, (str, PathLike)) else run
+    return run.generate(prompts, max_new_tokens, temperature, **how)

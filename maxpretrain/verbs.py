@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maxpretrain.errors import DoesNotFit, UserError, nearest
+from maxpretrain.errors import DoesNotFit, UserError
+from maxpretrain.rundir import find_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,26 +240,6 @@ def _doctor(options: argparse.Namespace) -> int:
     diagnosis = doctor.diagnose()
     print(_json(diagnosis) if options.json else doctor.render(diagnosis))
     return 0 if diagnosis["usable"] else 1
-
-
-def find_run(name: str) -> Path:
-    """The run directory that RUN means: a path, or a name under runs/.
-
-    Raises:
-        UserError: there is none (the nearest of runs/ is named), or the folder is no run directory.
-    """
-    places = [Path(name).expanduser()] + ([Path("runs", name)] if Path(name).name == name else [])
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
-    known = sorted(entry.parent.name for entry in Path("runs").glob("*/config.json"))
-    folder = next((place for place in places if place.is_dir()), None)
-    what = (
-        f"{folder} is not a run directory: it has no config.json"
-        if folder
-        else f"no run {name}" + ("" if len(places) == 1 else ", here or under runs/")
-    )
-    raise UserError(what + (nearest(Path(name).name, known) if known else "; maxpretrain train CONFIG makes one"))
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

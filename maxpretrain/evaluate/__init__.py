@@ -1,0 +1,104 @@
+"""What a run is worth: loss, perplexity and bits per byte on its validation text or any other."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from maxpretrain.errors import UserError
+
+if TYPE_CHECKING:  # pragma: no cover
+    from collections.abc import Sequence
+
+    from maxpretrain.api import LoadedRun
+    from maxpretrain.data.store import Store
+    from maxpretrain.mesh import Layout
+    from maxpretrain.rundir import RunDirectory
+
+__all__ = ["evaluate", "evaluate_run"]
+
+Source = str | os.PathLike[str]
+
+
+def evaluate_run(run_dir: Source, data: Source | None = None, step: int | None = None) -> dict[str, Any]:
+    """Measures a checkpoint on the whole of a text, data-parallel over all devices here.
+
+    Args:
+        run_dir: a run directory, or a run's name under runs/.
+        data: a file, glob or source, all of it; None: the run's validation text.
+        step: of the checkpoint; None: the last one.
+
+    Returns:
+        "step", "loss" (nats per predicted token), "perplexity" (of a generative network), "bits_per_byte", "accuracy" and what
+        else the objective reports, "tokens" and "bytes" of the text.
+
+    Raises:
+        UserError: there is no such run or text, or the text holds nothing to predict.
+        StorageError: there is no such checkpoint.
+    """
+    from maxpretrain.rundir import RunDirectory
+
+    directory = RunDirectory.open(run_dir)
+    step = directory.step(step)
+    stores = _stores(directory, data)
+    layout = _layout()
+    return {"step": step} | _measure(directory, directory.params(step, layout), stores, layout)
+
+
+def evaluate(run: LoadedRun | Source, data: Source | None = None) -> dict[str, Any]:
+    """`evaluate_run`, of a run directory or of what `maxpretrain.load` returned (with its `params` as they are now)."""
+    if isinstance(run, (str, os.PathLike)):
+        return evaluate_run(run, data)
+    import jax
+
+    from maxpretrain.rundir import abstract_params
+
+    stores = _stores(run.directory, data)
+    layout = _layout()
+    places = jax.tree.map(lambda struct: struct.sharding, abstract_params(run.config, layout))
+    return {"step": run.step} | _measure(run.directory, jax.device_put(run.params, places), stores, layout)
+
+
+def _layout() -> Layout:
+    from maxpretrain.config import MeshConfig
+    from maxpretrain.mesh import make_layout
+
+    return make_layout(MeshConfig(data=-1))
+
+
+def _stores(directory: RunDirectory, data: Source | None) -> Sequence[Store]:
+    from maxpretrain.data.prepare import prepare, prepare_source
+
+    config, tokenizer = directory.config, directory.tokenizer
+    if data is not None:
+        return [prepare_source(os.fspath(data), tokenizer, config.data)]
+    prepared = prepare(config)
+    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the data of {directory.path} changed: the tokenizer made from it now is not the one that the run was trained with; "
+            "restore the files, or give the text to evaluate on with --data"
+        )
+    return prepared.validation
+
+
+def _measure(directory: RunDirectory, params: Any, stores: Sequence[Store], layout: Layout) -> dict[str, Any]:
+    from maxpretrain.data.pipeline import EvaluationBatches
+    from maxpretrain.evaluate.perplexity import Evaluator
+
+    config = directory.config
+    parts = layout.extent("batch")
+    # What fits in training fits here; rounded up, for every device to have as many rows.
+    size = -(-config.batch.size // config.batch.microbatches // parts) * parts
+    batches = EvaluationBatches(
+        stores,
+        config.objective.measured(),
+        batch_size=size,
+        length=config.batch.length,
+        rows=layout.local_rows(size),
+        allow_short=True,
+    )
+    evaluator = Evaluator(directory.model(layout), config.objective, layout, batches, size)
+    means = {name.removeprefix("eval/"): value for name, value in evaluator(params).items()}
+    first = ("loss", "perplexity", "bits_per_byte", "accuracy")
+    ordered = {name: means[name] for name in (*first, *means) if name in means}
+    return ordered | {"tokens": batches.num_tokens, "bytes": batches.num_bytes}
