@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 
 from maxpretrain import manifest
 from maxpretrain.errors import StorageError, UserError
-from maxpretrain.fingerprint import fingerprint, named_leaves, nested
+from maxpretrain.fingerprint import fingerprints, named_leaves, nested
 from maxpretrain.manifest import DamagedCheckpoint
 from maxpretrain.storage import StepDirectories, is_full, sentence
 
@@ -238,7 +238,7 @@ class Checkpoints:
                 problem = error
         if not self._all(problem is None):
             raise problem or StorageError("process 0 could not prepare the directory")
-        pending.fingerprints = {name: fingerprint(leaf) for name, leaf in leaves.items()}
+        pending.fingerprints = fingerprints(leaves)
         # Orbax refuses arrays of size 0; they hold nothing, and the manifest has their shape.
         stored = nested({name: leaf for name, leaf in leaves.items() if leaf.size})
         self._orbax.save(saving / "state", args=ocp.args.PyTreeSave(stored))
@@ -420,7 +420,7 @@ class Checkpoints:
             else jnp.zeros(leaf.shape, leaf.dtype, device=place[name])
             for name, leaf in wanted.items()
         }
-        prints = {name: fingerprint(leaf) for name, leaf in leaves.items()}
+        prints = fingerprints(leaves)
         for name, value in prints.items():
             if f"{int(value):08x}" != saved[name]["fingerprint"]:
                 raise DamagedCheckpoint(

@@ -69,6 +69,20 @@ def fingerprint(x: jax.Array) -> jax.Array:
     return jnp.sum(key, dtype=jnp.uint32)
 
 
+def fingerprints(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The fingerprint of each array: uint32 scalars, queued on the devices but on a CPU split into several, where they are awaited.
+
+    There each is a program with a collective, and many of them in flight hold every thread in one that cannot finish.
+    """
+    prints = {}
+    for name, leaf in leaves.items():
+        prints[name] = fingerprint(leaf)
+        devices = leaf.devices()
+        if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+            prints[name].block_until_ready()
+    return prints
+
+
 def named_leaves(tree: Tree) -> dict[str, Any]:
     """The leaves of a pytree by name, as `params/blocks/attention/query`; list and tuple entries are numbered.
 
