@@ -35,7 +35,9 @@ config = Run(
     tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=4096, algorithm="bpe"),
     data=DataConfig(train=("embedded",)),
     batch=BatchConfig(size=16, length=128),
-    optimizer=OptimizerConfig(peak_lr=4e-3, weight_decay=0.1, schedule=ScheduleConfig(shape="cosine", warmup=30, final=0.05)),
+    optimizer=OptimizerConfig(
+        peak_lr=4e-3, weight_decay=0.1, schedule=ScheduleConfig(shape="cosine", warmup=30, final=0.05)
+    ),
     evaluation=EvaluationConfig(every=100, prompts=("Return the ", "The list of ")),
     checkpoint=CheckpointConfig(every=100),
 )

@@ -239,7 +239,9 @@ def _validate_model(model: ModelConfig, length: int) -> None:
         + " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
     )
     if model.position == "rope":
-        _require(model.head_width % 2 == 0, f"rotary positions need an even head width; model.head_dim is {model.head_width}")
+        _require(
+            model.head_width % 2 == 0, f"rotary positions need an even head width; model.head_dim is {model.head_width}"
+        )
     if model.position in ("learned", "sinusoidal"):
         _require(
             length <= model.max_length,
@@ -255,7 +257,9 @@ def _validate_schedule(schedule: ScheduleConfig, total: int) -> None:
         0 <= schedule.warmup <= total,
         f"optimizer.schedule.warmup is {schedule.warmup} {schedule.unit}, but the whole run has {total}; shorten the warmup or lengthen the run",
     )
-    _require(schedule.final >= 0, f"optimizer.schedule.final is {schedule.final}; it is a factor of the peak, at least 0")
+    _require(
+        schedule.final >= 0, f"optimizer.schedule.final is {schedule.final}; it is a factor of the peak, at least 0"
+    )
     if schedule.decay is not None:
         _require(
             0 < schedule.decay <= total - schedule.warmup,
@@ -300,7 +304,9 @@ def validate(run: Run) -> None:
         _require(0 <= getattr(opt, part) < 1, f"optimizer.{part} is {getattr(opt, part)}; it must be in [0, 1)")
     for part in ("clip_norm", "clip_value"):
         value = getattr(opt, part)
-        _require(value is None or value > 0, f"optimizer.{part} is {value}; it must be above 0, or None for no clipping")
+        _require(
+            value is None or value > 0, f"optimizer.{part} is {value}; it must be above 0, or None for no clipping"
+        )
     _require(opt.weight_decay >= 0, f"optimizer.weight_decay is {opt.weight_decay}; it must be at least 0")
     data = run.data
     _require(bool(data.train), "data.train names no source; give a path, or `embedded`")
@@ -308,16 +314,26 @@ def validate(run: Run) -> None:
         not data.weights or len(data.weights) == len(data.train),
         f"data.weights has {len(data.weights)} numbers for {len(data.train)} sources in data.train; give one each",
     )
-    _require(all(w > 0 for w in data.weights), f"data.weights {data.weights} must all be above 0; leave a source out instead")
+    _require(
+        all(w > 0 for w in data.weights), f"data.weights {data.weights} must all be above 0; leave a source out instead"
+    )
     if not data.validation:
         _require(
             0 < data.validation_fraction < 1,
             f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1, or name data.validation sources",
         )
     _require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
-    for part, value in (("evaluation.every", run.evaluation.every), ("evaluation.batches", run.evaluation.batches), ("checkpoint.every", run.checkpoint.every)):
+    for part, value in (
+        ("evaluation.every", run.evaluation.every),
+        ("evaluation.batches", run.evaluation.batches),
+        ("checkpoint.every", run.checkpoint.every),
+    ):
         _require(value >= 0, f"{part} is {value}; it must be at least 0")
-    for part, value in (("log.every", run.log.every), ("checkpoint.keep", run.checkpoint.keep), ("data.prefetch", data.prefetch)):
+    for part, value in (
+        ("log.every", run.log.every),
+        ("checkpoint.keep", run.checkpoint.keep),
+        ("data.prefetch", data.prefetch),
+    ):
         _require(value >= 1, f"{part} is {value}; it must be at least 1")
     axes = dataclasses.asdict(run.mesh)
     _require(

@@ -34,7 +34,10 @@ RULES: tuple[tuple[str, Rule], ...] = (
     # Unrolled layers save the copies in and out of stacked arrays, but each adds to the compile time.
     (r"^cpu", Rule("float32", "xla", scan_from=9, logits=1 << 22)),
     # cuDNN's flash attention needs Ampere or later.
-    (r"^(gpu|cuda).*(A100|A10G?|A40|H100|H200|H800|GH200|B200|GB200|L4|L40|RTX [345])", Rule("bfloat16", "cudnn", 1, 1 << 28)),
+    (
+        r"^(gpu|cuda).*(A100|A10G?|A40|H100|H200|H800|GH200|B200|GB200|L4|L40|RTX [345])",
+        Rule("bfloat16", "cudnn", 1, 1 << 28),
+    ),
     (r"^(gpu|cuda|rocm)", Rule("float32", "xla", scan_from=1, logits=1 << 27)),
     (r"^tpu", Rule("bfloat16", "xla", scan_from=1, logits=1 << 27)),
     (r"", Rule("float32", "xla", scan_from=1, logits=1 << 26)),
@@ -44,23 +47,6 @@ RULES: tuple[tuple[str, Rule], ...] = (
 def rule_for(device: jax.Device) -> Rule:
     name = f"{device.platform} {device.device_kind}"
     return next(rule for pattern, rule in RULES if re.search(pattern, name))
-
-
-def activation_bytes(model: ModelConfig, tokens: int, length: int, itemsize: int, remat: str) -> int:
-    """Bytes that the backward pass finds saved, by counting what each block keeps; an estimate for choosing remat.
-
-    Args:
-        tokens: on one device, of one microbatch.
-    """
-    d, f, qkv = model.model_dim, model.mlp_width, (model.num_heads + 2 * model.kv_heads) * model.head_width
-    if remat == "full":
-        per_layer = d
-    elif remat == "dots":
-        per_layer = 2 * d + qkv + f * (2 if model.gated else 1)
-    else:
-        # Two norm inputs and outputs, q, k, v, attention weights and output, and the MLP's hidden values before and after.
-        per_layer = 6 * d + qkv + model.num_heads * length + f * (4 if model.gated else 2)
-    return tokens * itemsize * per_layer * model.num_layers
 
 
 def resolve(run: Run, device: jax.Device, *, devices: int = 1, batch_parts: int = 1) -> tuple[Execution, list[str]]:
@@ -88,7 +74,7 @@ def resolve(run: Run, device: jax.Device, *, devices: int = 1, batch_parts: int 
     scan = {"on": True, "off": False, "auto": model.num_layers >= rule.scan_from}[config.scan]
     remat = config.remat
     if remat == "auto":
-        remat = _remat(run, device, dtype, devices, batch_parts)
+        remat = _remat(run, device, dtype, attention, devices, batch_parts)
         said.append(f"remat: {remat}")
     chunk = config.loss_chunk or max(128, rule.logits // (model.vocab_size or run.tokenizer.vocab_size))
     return Execution(dtype=dtype, remat=remat, scan=scan, attention=attention, loss_chunk=chunk), said
@@ -101,15 +87,18 @@ def cudnn_obstacle(model: ModelConfig, dtype: str, device: jax.Device) -> str:
     if dtype != "bfloat16":
         return f"cuDNN attention needs bfloat16, and compute.dtype is {dtype}"
     if model.head_width % 8 or model.head_width > 128:
-        return f"cuDNN attention needs a head width that is a multiple of 8 up to 128, and this one is {model.head_width}"
+        return (
+            f"cuDNN attention needs a head width that is a multiple of 8 up to 128, and this one is {model.head_width}"
+        )
     if model.dropout:
         return "attention dropout is done by XLA"
     return ""
 
 
-def _remat(run: Run, device: jax.Device, dtype: str, devices: int, batch_parts: int) -> str:
+def _remat(run: Run, device: jax.Device, dtype: str, attention: str, devices: int, batch_parts: int) -> str:
     """The least recomputation whose memory, by estimate, fits into four fifths of the device."""
     from maxpretrain.models import parameter_count
+    from maxpretrain.plan.memory import saved_per_token
 
     stats = device.memory_stats() if device.platform != "cpu" else None
     limit = (stats or {}).get("bytes_limit")
@@ -118,9 +107,8 @@ def _remat(run: Run, device: jax.Device, dtype: str, devices: int, batch_parts: 
     model = dataclasses.replace(run.model, vocab_size=run.model.vocab_size or run.tokenizer.vocab_size)
     state = 16 * parameter_count(model) // devices  # float32 parameters, gradients and two moments
     tokens = run.tokens_per_step // run.batch.microbatches // batch_parts
+    saved = saved_per_token(model, run.batch.length, Execution(dtype=dtype, attention=attention))
     for remat in ("none", "dots"):
-        if state + activation_bytes(model, tokens, run.batch.length, 2 if dtype == "bfloat16" else 4, remat) < 0.8 * limit:
+        if state + tokens * model.num_layers * saved[remat] < 0.8 * limit:
             return remat
     return "full"
-
-

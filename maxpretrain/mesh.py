@@ -83,7 +83,9 @@ class Layout:
         used = [a for part in parts for a in part]
         for axis in set(used):
             if used.count(axis) > 1 and self.mesh.shape[axis] > 1:
-                raise ValueError(f"the logical axes {tuple(axes)} put two dimensions on the mesh axis {axis}; change the rules")
+                raise ValueError(
+                    f"the logical axes {tuple(axes)} put two dimensions on the mesh axis {axis}; change the rules"
+                )
         used_once: set[str] = set()
         entries: list[tuple[str, ...] | None] = []
         for part in parts:
@@ -160,7 +162,9 @@ class Layout:
                 self._divides(axis, size, size)
         idle = [axis for axis, size in self.sizes.items() if size > 1 and axis not in cut]
         if idle:
-            raise UserError(f"mesh.{idle[0]} is {self.sizes[idle[0]]}, but it would shard nothing in this run; set it to 1")
+            raise UserError(
+                f"mesh.{idle[0]} is {self.sizes[idle[0]]}, but it would shard nothing in this run; set it to 1"
+            )
 
     def _divides(self, axis: str | None, shown: int, size: int, microbatches: int = 1) -> None:
         parts = self.extent(axis)
@@ -172,7 +176,9 @@ class Layout:
         below = shown // step * step
         ways = " or ".join(str(n) for n in (below, below + step) if n)
         split = f" in {microbatches} microbatches" if microbatches > 1 else ""
-        raise UserError(f"{_FIELDS.get(axis, axis)} {shown}{split} is not divisible by mesh {names} = {parts}; use {ways}")
+        raise UserError(
+            f"{_FIELDS.get(axis, axis)} {shown}{split} is not divisible by mesh {names} = {parts}; use {ways}"
+        )
 
 
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:

@@ -57,7 +57,11 @@ MODEL = ModelConfig(vocab_size=64, num_layers=1, model_dim=24, num_heads=6, num_
         ({}, 12, "batch.size 12 is not divisible by mesh data = 8; use 8 or 16"),
         ({"data": 4, "fsdp": 2}, 7, "batch.size 7 is not divisible by mesh data×fsdp = 8; use 8"),
         ({"tensor": 4, "data": 2}, 8, "model.num_kv_heads 2 is not divisible by mesh tensor = 4; use 4"),
-        ({"tensor": 2, "context": 2, "data": 2}, 8, "mesh.context is 2, but it would shard nothing in this run; set it to 1"),
+        (
+            {"tensor": 2, "context": 2, "data": 2},
+            8,
+            "mesh.context is 2, but it would shard nothing in this run; set it to 1",
+        ),
         ({"stage": 2}, 8, "mesh.stage is 2, but it would shard nothing"),
         ({"expert": 8}, 8, "mesh.expert is 8, but it would shard nothing"),
     ],
@@ -69,9 +73,13 @@ def test_what_the_mesh_cannot_cut_is_refused_with_numbers_that_would_do(axes, ba
 
 def test_width_and_microbatches_must_divide_too():
     model = ModelConfig(vocab_size=64, num_layers=1, model_dim=36, num_heads=4, max_length=8)
-    with pytest.raises(UserError, match=re.escape("model.model_dim 36 is not divisible by mesh fsdp = 8; use 32 or 40")):
+    with pytest.raises(
+        UserError, match=re.escape("model.model_dim 36 is not divisible by mesh fsdp = 8; use 32 or 40")
+    ):
         layout(fsdp=8, data=1).check(build(model).abstract, 16)
-    with pytest.raises(UserError, match=re.escape("batch.size 16 in 4 microbatches is not divisible by mesh data = 8; use 32")):
+    with pytest.raises(
+        UserError, match=re.escape("batch.size 16 in 4 microbatches is not divisible by mesh data = 8; use 32")
+    ):
         layout().check(build(MODEL).abstract, 16, microbatches=4)
 
 

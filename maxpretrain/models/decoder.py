@@ -30,7 +30,9 @@ class Decoder(Module):
         assert config.vocab_size is not None
         table = normal(config.init_std)
         self.embed = Embedding(config.vocab_size, config.model_dim, table)
-        self.positions = PositionEmbedding(config.max_length, config.model_dim, table) if config.position == "learned" else None
+        self.positions = (
+            PositionEmbedding(config.max_length, config.model_dim, table) if config.position == "learned" else None
+        )
         self.stack = Stack(config, execution)
         self.norm = make_norm(config) if config.norm_placement == "pre" else None
         self.unembed = (

@@ -119,5 +119,3 @@ class Attention(Module):
         k, v = (constrain(a, "batch", "length", "kv_heads", None) for a in (k, v))
         attended = attend(q, k, v, context, rate=self.rate, key=key)
         return self.out(constrain(attended, "batch", "length", "heads", None)), cache
-
-

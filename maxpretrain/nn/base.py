@@ -48,7 +48,9 @@ class Spec:
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"shape {self.shape} has {len(self.shape)} dimensions, but {len(self.axes)} logical axes {self.axes}")
+            raise ValueError(
+                f"shape {self.shape} has {len(self.shape)} dimensions, but {len(self.axes)} logical axes {self.axes}"
+            )
         if self.role not in ROLES:
             raise ValueError(f'role "{self.role}" is none of {ROLES}')
 

@@ -20,7 +20,9 @@ def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[ja
     Reference: Su et al. 2021, arXiv:2104.09864, §3.2.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
+    angles = (
+        positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequencies, jnp.float32)[None, None, None, :]
+    )
     return jnp.cos(angles), jnp.sin(angles)
 
 

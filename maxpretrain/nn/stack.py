@@ -61,7 +61,9 @@ class Block(base.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the layer's cache."""
         attention_key, first_key, second_key = split(key, 3)
-        branch, cache = self.attention(self.attention_norm(x) if self.pre else x, context, key=attention_key, cache=cache)
+        branch, cache = self.attention(
+            self.attention_norm(x) if self.pre else x, context, key=attention_key, cache=cache
+        )
         x = constrain(x + dropout(branch, self.rate, first_key), "batch", "length", None)
         x = x if self.pre else self.attention_norm(x)
         branch = self.mlp(self.mlp_norm(x) if self.pre else x)
@@ -84,7 +86,9 @@ class Stack(base.Module):
         """[B, T, D] -> [B, T, D]; `cache` holds each layer's along a leading axis."""
         keys = None if key is None else jax.random.split(key, self.num_layers)
 
-        def body(block: Block, x: jax.Array, inputs: tuple[jax.Array | None, Cache | None]) -> tuple[jax.Array, Cache | None]:
+        def body(
+            block: Block, x: jax.Array, inputs: tuple[jax.Array | None, Cache | None]
+        ) -> tuple[jax.Array, Cache | None]:
             return block(x, context, key=inputs[0], cache=inputs[1])
 
         remat = self.execution.remat

@@ -55,7 +55,9 @@ class Objective:
         """The example it makes: name -> (shape, dtype)."""
         raise NotImplementedError
 
-    def example(self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def example(
+        self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """One example from `raw_length` tokens; host side, pure.
 
         Args:

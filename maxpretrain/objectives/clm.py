@@ -41,7 +41,11 @@ class CLM(Objective):
         return length + 1
 
     def fields(self, length: int) -> Fields:
-        fields: Fields = {"tokens": ((length,), "int32"), "labels": ((length,), "int32"), "weights": ((length,), "float32")}
+        fields: Fields = {
+            "tokens": ((length,), "int32"),
+            "labels": ((length,), "int32"),
+            "weights": ((length,), "float32"),
+        }
         if self.mask_documents:
             fields |= {"segments": ((length,), "int32"), "positions": ((length,), "int32")}
         return fields

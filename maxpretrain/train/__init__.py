@@ -98,11 +98,17 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
         with ledger("prepare"):
             with console.working("preparing the data") as work:
                 prepared = prepare(
-                    run, console.say, lambda stage, done, total: work.update(f"{stage} {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+                    run,
+                    console.say,
+                    lambda stage, done, total: work.update(f"{stage} {done / 1e6:.1f} of {total / 1e6:.1f} MB"),
                 )
             setup = setups.build(run, prepared)
         checkpoints = Checkpoints(
-            run_dir / "checkpoints", keep=run.checkpoint.keep, keep_best=run.checkpoint.keep_best, warn=console.warn, debug=debug
+            run_dir / "checkpoints",
+            keep=run.checkpoint.keep,
+            keep_best=run.checkpoint.keep_best,
+            warn=console.warn,
+            debug=debug,
         )
         with checkpoints:
             identity = {
@@ -150,13 +156,12 @@ def _train(
         if sinks is not None:
             _announce(setup, sinks, console, start)
         if start >= run.steps:
-            console.say(f"this run is done: step {start} of {run.steps}; raise --steps to go on, or --fresh to start over")
+            console.say(
+                f"this run is done: step {start} of {run.steps}; raise --steps to go on, or --fresh to start over"
+            )
             return
         if start:
             console.say(f"resuming after step {start} with the next batch")
-        if state is None:
-            with ledger("compile"), console.working("initializing the parameters"):
-                state = jax.block_until_ready(setup.init())
         trainer = Trainer(
             setup,
             state,
@@ -172,7 +177,7 @@ def _train(
         del state, restored
         status = "failed"
         try:
-            trainer.compile()
+            trainer.start_up()
             trainer.fit()
             status = "done"
         except Stopped:
@@ -226,7 +231,5 @@ def _announce(setup: Any, sinks: Any, console: Any, start: int) -> None:
             f"baselines on the validation text: unigram {baselines['unigram_bits_per_byte']:.3f}, "
             f"bigram {baselines['bigram_bits_per_byte']:.3f} bits per byte"
         )
-    sinks.event(
-        "start", step=start, devices=layout.num_devices, device_kind=device.device_kind, parameters=parameters
-    )
+    sinks.event("start", step=start, devices=layout.num_devices, device_kind=device.device_kind, parameters=parameters)
     sinks.event("baselines", **baselines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Trainer:
 
     Args:
         setup: the parts of the run.
-        state: on the mesh; given away (donated).
+        state: on the mesh, given away (donated); None: a fresh one is made.
         sinks, checkpoints: where to write; `sinks` None on all processes but the first.
         seconds_before: of earlier sessions of the run.
     """
@@ -73,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         setup: Setup,
-        state: State,
+        state: State | None,
         *,
         start: int,
         run_dir: Path,
@@ -98,11 +99,19 @@ class Trainer:
     def seconds(self) -> float:
         return time.perf_counter() - self.session_start
 
-    def compile(self) -> None:
-        """Compiles the step and the evaluation before the loop, so that a shape error or lack of memory shows at once."""
+    def start_up(self) -> None:
+        """Compiles the step before the loop, so that a shape error or lack of memory shows at once, and makes a fresh state
+        meanwhile: XLA compiles two programs on two cores.
+        """
         step = jax.jit(self.setup.train_step(), donate_argnums=0)
-        with self.console.working("compiling the training step") as work, self.ledger("compile"), mesh.use(self.setup.layout):
-            self._train_step = step.lower(self.setup.abstract_state, self.setup.abstract_batch).compile()
+        with self.console.working("compiling the training step") as work, self.ledger("compile"):
+            with mesh.use(self.setup.layout):
+                lowered = step.lower(self.setup.abstract_state, self.setup.abstract_batch)
+            with ThreadPoolExecutor(1) as pool:
+                compiling = pool.submit(lowered.compile)
+                if self.state is None:
+                    self.state = jax.block_until_ready(self.setup.init())
+                self._train_step = compiling.result()
         self._event("compile", seconds=round(work.seconds, 3))
 
     def fit(self) -> dict[str, float]:
@@ -215,7 +224,7 @@ class Trainer:
                 )
                 for prompt, text in zip(config.prompts, texts, strict=True):
                     self._event("sample", step=self.step, prompt=prompt, text=text)
-                self.console.say(f"sample: {config.prompts[0]}{texts[0]}")
+                self.console.say("sample: " + " ⏎ ".join(f"{config.prompts[0]}{texts[0]}".splitlines()))
         return metrics
 
     def _save(self, *, final: bool) -> None:
@@ -244,4 +253,3 @@ class Trainer:
         seconds = {k: round(v, 3) for k, v in self.ledger.seconds().items()}
         self._event("ledger", step=self.step, seconds=seconds)
         self._event("end", status=status, step=self.step, seconds=round(self.seconds, 3))
-

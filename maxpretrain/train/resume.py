@@ -55,7 +55,11 @@ def check_same_run(old: Run, new: Run, run_dir: Path) -> list[str]:
     changed = differences(old, new)
     if old.model.vocab_size is not None and new.model.vocab_size is None:
         changed.pop("model.vocab_size", None)  # left to the tokenizer, which is compared by itself
-    fixed = [name for name in changed if any(name.startswith(f) if f.endswith(".") else name == f or name.startswith(f"{f}_") for f in FIXED)]
+    fixed = [
+        name
+        for name in changed
+        if any(name.startswith(f) if f.endswith(".") else name == f or name.startswith(f"{f}_") for f in FIXED)
+    ]
     if fixed:
         name = fixed[0]
         others = f" (and {len(fixed) - 1} more)" if len(fixed) > 1 else ""
@@ -64,7 +68,11 @@ def check_same_run(old: Run, new: Run, run_dir: Path) -> list[str]:
             "give it another --name, or --fresh to keep the old run aside and start over"
         )
     ignored = ("name", "root")  # where it is, not what it is
-    return [f"changed since it was last started: {name} {a} -> {b}" for name, (a, b) in changed.items() if name not in ignored]
+    return [
+        f"changed since it was last started: {name} {a} -> {b}"
+        for name, (a, b) in changed.items()
+        if name not in ignored
+    ]
 
 
 def set_aside(run_dir: Path) -> Path | None:

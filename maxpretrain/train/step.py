@@ -71,7 +71,11 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state["step"])
         loss, grads = accumulate(
-            lambda params, batch, key: objective.loss(model, params, batch, key), state["params"], batch, key, microbatches
+            lambda params, batch, key: objective.loss(model, params, batch, key),
+            state["params"],
+            batch,
+            key,
+            microbatches,
         )
         with jax.named_scope("optimizer"):
             share = 1.0 / jnp.maximum(loss.weight, 1e-8)

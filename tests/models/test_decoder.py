@@ -34,7 +34,11 @@ CONFIGS = {"gpt": GPT, "llama": LLAMA, "post": POST}
 @pytest.fixture(scope="module", params=CONFIGS)
 def network(request):
     model = build(CONFIGS[request.param])
-    return model, model.init(jax.random.key(0)), jax.jit(lambda p, t, pos, seg: model.logits(p, model.apply(p, t, pos, seg).hidden))
+    return (
+        model,
+        model.init(jax.random.key(0)),
+        jax.jit(lambda p, t, pos, seg: model.logits(p, model.apply(p, t, pos, seg).hidden)),
+    )
 
 
 def tokens(rows=2, length=16, seed=1):
@@ -76,7 +80,9 @@ def test_packed_documents_give_what_each_gives_alone(network):
         alone = logits(params, part, None, None)
         np.testing.assert_allclose(together[:, start:stop], alone, atol=3e-5)
         start = stop
-    assert np.abs(np.asarray(logits(params, packed, positions, None) - together)).max() > 0.01  # the mask is what does it
+    assert (
+        np.abs(np.asarray(logits(params, packed, positions, None) - together)).max() > 0.01
+    )  # the mask is what does it
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,9 @@ def test_packed_documents_give_what_each_gives_alone(network):
 def test_scan_and_remat_change_neither_values_nor_gradients(execution, config):
     reference, other = build(config), build(config, execution)
     params = reference.init(jax.random.key(0))
-    assert jax.tree.structure(reference.abstract, is_leaf=is_spec) == jax.tree.structure(other.abstract, is_leaf=is_spec)
+    assert jax.tree.structure(reference.abstract, is_leaf=is_spec) == jax.tree.structure(
+        other.abstract, is_leaf=is_spec
+    )
 
     def loss(model):
         return jax.jit(jax.value_and_grad(lambda p: jnp.square(model.apply(p, tokens()).hidden).sum()))(params)
@@ -152,8 +160,14 @@ def test_initialization_is_of_the_size_that_the_config_says():
     assert np.std(block["attention"]["out"]["kernel"]) == pytest.approx(0.005, rel=0.02)
     per_layer = np.asarray(block["mlp"]["up"]["kernel"])
     assert abs(np.corrcoef(per_layer[0].ravel(), per_layer[1].ravel())[0, 1]) < 0.02  # a key a layer
-    for init, size in (("xavier_uniform", math.sqrt(2 / (128 + 512))), ("he_normal", math.sqrt(2 / 128)), ("truncated_normal", 0.02)):
-        kernel = build(dataclasses.replace(config, init=init)).init(jax.random.key(0))["stack"]["block"]["mlp"]["up"]["kernel"]
+    for init, size in (
+        ("xavier_uniform", math.sqrt(2 / (128 + 512))),
+        ("he_normal", math.sqrt(2 / 128)),
+        ("truncated_normal", 0.02),
+    ):
+        kernel = build(dataclasses.replace(config, init=init)).init(jax.random.key(0))["stack"]["block"]["mlp"]["up"][
+            "kernel"
+        ]
         assert np.std(kernel) == pytest.approx(size, rel=0.02), init
     assert np.abs(kernel).max() <= 2 * 0.02 / 0.8796 + 1e-6
 

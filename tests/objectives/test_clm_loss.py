@@ -30,7 +30,9 @@ def test_sums_match_float64(smoothing, z):
     logits = rng.normal(size=(3, 5, 37)).astype(np.float32) * 4
     labels = rng.integers(0, 37, (3, 5)).astype(np.int32)
     weights = rng.integers(0, 2, (3, 5)).astype(np.float32)
-    sums = cross_entropy_sums(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weights), label_smoothing=smoothing, z_loss=z)
+    sums = cross_entropy_sums(
+        jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weights), label_smoothing=smoothing, z_loss=z
+    )
     loss, nll, correct = reference(logits, labels, weights, smoothing, z)
     np.testing.assert_allclose([sums["loss"], sums["nll"], sums["correct"]], [loss, nll, correct], rtol=2e-6)
 
@@ -40,7 +42,9 @@ def test_literal_values():
     label, weight = jnp.asarray([0], jnp.int32), jnp.ones(1, jnp.float32)
     assert float(cross_entropy_sums(logits, label, weight)["loss"]) == pytest.approx(0.35667494, rel=1e-6)  # −ln 0.7
     smoothed = cross_entropy_sums(logits, label, weight, label_smoothing=0.3)["loss"]
-    assert float(smoothed) == pytest.approx(0.67643572, rel=1e-6)  # 0.7·0.35667494 + 0.3·(0.35667494+1.60943791+2.30258509)/3
+    assert float(smoothed) == pytest.approx(
+        0.67643572, rel=1e-6
+    )  # 0.7·0.35667494 + 0.3·(0.35667494+1.60943791+2.30258509)/3
     shifted = cross_entropy_sums(logits + 2.0, label, weight, z_loss=0.1)["loss"]
     assert float(shifted) == pytest.approx(0.35667494 + 0.1 * 4.0, rel=1e-6)
 

@@ -32,7 +32,9 @@ def batches():
 
 def pieces(config=MODEL, **execution):
     model = build(config, Execution(**execution))
-    tx = optim.build_optimizer(OPTIMIZER, steps=STEPS, tokens_per_step=SIZE * LENGTH, decay_mask=optim.decay_mask(model.abstract))
+    tx = optim.build_optimizer(
+        OPTIMIZER, steps=STEPS, tokens_per_step=SIZE * LENGTH, decay_mask=optim.decay_mask(model.abstract)
+    )
     rate = optim.schedule(OPTIMIZER.schedule, peak_lr=OPTIMIZER.peak_lr, steps=STEPS, tokens_per_step=SIZE * LENGTH)
     return model, tx, rate
 

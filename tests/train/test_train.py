@@ -30,7 +30,28 @@ from maxpretrain.errors import Diverged, UserError
 from maxpretrain.monitor.sinks import read_events, read_metrics
 from maxpretrain.train import train
 
-WORDS = "the model reads a text and learns what follows from what it has seen so far in the same document".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "text",
+    "and",
+    "learns",
+    "what",
+    "follows",
+    "from",
+    "what",
+    "it",
+    "has",
+    "seen",
+    "so",
+    "far",
+    "in",
+    "the",
+    "same",
+    "document",
+]
 
 
 def text(documents: int) -> str:
@@ -80,7 +101,16 @@ def curve(run_dir: Path) -> list[tuple[int, float, float]]:
 def test_a_run_leaves_what_the_contract_names(run):
     run_dir = train(run)
     assert run_dir == Path(run.root) / "tiny"
-    names = {"config.json", "environment.json", "metrics.jsonl", "log.txt", "checkpoints", "tensorboard", "report.html", "tokenizer"}
+    names = {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+        "tensorboard",
+        "report.html",
+        "tokenizer",
+    }
     assert names <= {path.name for path in run_dir.iterdir()}
     saved = configio.read_saved(run_dir)
     assert saved == run.replace(model=dataclasses.replace(run.model, vocab_size=saved.model.vocab_size))
@@ -141,7 +171,9 @@ def child(code: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_resume_is_exact_from_every_step_in_another_process(corpus, tmp_path):
-    run = tiny(corpus, tmp_path, checkpoint=CheckpointConfig(every=1, keep=6), evaluation=EvaluationConfig(every=0, prompts=()))
+    run = tiny(
+        corpus, tmp_path, checkpoint=CheckpointConfig(every=1, keep=6), evaluation=EvaluationConfig(every=0, prompts=())
+    )
     whole = train(run)
     result = child(RESUME, str(whole), str(tmp_path / "resumed"))
     assert result.returncode == 0, result.stderr[-2000:]
@@ -165,7 +197,13 @@ def config_file(folder: Path, run: Run) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_the_same_command_goes_on(corpus, tmp_path, number):
     # Long enough that the signal arrives on the way; the reference stops at the same step count.
-    run = tiny(corpus, tmp_path, steps=2000, checkpoint=CheckpointConfig(every=0), evaluation=EvaluationConfig(every=0, prompts=()))
+    run = tiny(
+        corpus,
+        tmp_path,
+        steps=2000,
+        checkpoint=CheckpointConfig(every=0),
+        evaluation=EvaluationConfig(every=0, prompts=()),
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "train", str(config_file(tmp_path, run))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -201,7 +239,9 @@ def test_a_run_of_another_config_is_refused_and_nothing_is_touched(run):
         "model.num_layers 1, and this one has 2": run.replace(model=dataclasses.replace(run.model, num_layers=2)),
         "batch.size 8, and this one has 16": run.replace(batch=BatchConfig(size=16, length=32)),
         "data.shuffle True, and this one has False": run.replace(data=dataclasses.replace(run.data, shuffle=False)),
-        "objective.mask_documents True": run.replace(objective=dataclasses.replace(run.objective, mask_documents=False)),
+        "objective.mask_documents True": run.replace(
+            objective=dataclasses.replace(run.objective, mask_documents=False)
+        ),
         "seed 0, and this one has 1": run.replace(seed=1),
     }
     for message, other in cases.items():
@@ -273,7 +313,14 @@ def test_a_learning_rate_that_diverges_ends_the_run_with_a_diagnosis_and_saves_n
     monkeypatch.setattr(loop, "SKIPS_ALLOWED", 3)
     optimizer = OptimizerConfig(peak_lr=1e30, clip_norm=None, schedule=ScheduleConfig(shape="constant", warmup=0))
     with pytest.raises(Diverged, match="3 steps in a row"):
-        train(run.replace(steps=40, optimizer=optimizer, checkpoint=CheckpointConfig(every=0), evaluation=EvaluationConfig(every=0)))
+        train(
+            run.replace(
+                steps=40,
+                optimizer=optimizer,
+                checkpoint=CheckpointConfig(every=0),
+                evaluation=EvaluationConfig(every=0),
+            )
+        )
     run_dir = Path(run.root) / "tiny"
     assert Checkpoints(run_dir / "checkpoints").steps() == []
     assert read_events(run_dir)[-1]["status"] == "diverged"
@@ -285,5 +332,3 @@ def test_no_write_permission_is_one_sentence(run, tmp_path):
     blocked.write_text("")
     with pytest.raises(UserError, match=re.escape(str(blocked))):
         train(run.replace(root=str(blocked)))
-
-

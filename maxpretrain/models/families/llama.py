@@ -5,7 +5,9 @@ from __future__ import annotations
 from maxpretrain.config import ModelConfig
 
 
-def _size(layers: int, dim: int, heads: int, kv_heads: int, mlp: int, vocab: int, theta: float, length: int) -> ModelConfig:
+def _size(
+    layers: int, dim: int, heads: int, kv_heads: int, mlp: int, vocab: int, theta: float, length: int
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab,
         num_layers=layers,
