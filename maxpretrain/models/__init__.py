@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from maxpretrain.config import ModelConfig
+from maxpretrain.models import families as families  # of the public `maxpretrain.models.families`
 from maxpretrain.models.decoder import Decoder
 from maxpretrain.nn import base
 from maxpretrain.nn.attention import Cache

@@ -1,0 +1,250 @@
+"""Generation with a cache against the whole prefix run again for every token, by token ids that a tokenizer spells out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxpretrain import generate as module
+from maxpretrain.config import MeshConfig, ModelConfig
+from maxpretrain.data.tokenizer import Bytes, Characters
+from maxpretrain.errors import Diverged, UserError
+from maxpretrain.generate import CHUNK, Generator
+from maxpretrain.mesh import make_layout
+from maxpretrain.models import build
+from maxpretrain.nn.base import is_spec
+from maxpretrain.nn.stack import Execution
+
+LETTERS = Characters("abcdefghijklmnopqrstuvwxyz .")
+# Positions end at 24: 12 tokens of context go on when they do. 28 ids, and rows of the embedding beyond them.
+CONFIG = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    max_length=24,
+    tie_embeddings=False,
+    norm="rmsnorm",
+    bias=False,
+)
+# Three prompts and 40 tokens everywhere: what is compiled for one test serves the next.
+PROMPTS = ["the quick", "a", "some longer prompt"]
+NEW = 40
+
+
+@functools.cache
+def setup(position):
+    model = build(dataclasses.replace(CONFIG, position=position))
+    rng = np.random.default_rng(3)
+
+    def leaf(spec):  # drawn by numpy, which compiles nothing
+        return jnp.asarray((spec.role == "norm") + 0.5 * rng.standard_normal(spec.shape), jnp.float32)
+
+    params = jax.tree.map(leaf, model.abstract, is_leaf=is_spec)
+    return model, params, Generator(model, LETTERS)
+
+
+def generate(prompts, position="learned", count=NEW, params=None, **how):
+    _, own, generator = setup(position)
+    return generator(params or own, prompts, max_new_tokens=count, **how)
+
+
+@functools.cache
+def likeliest(position):
+    model, params, _ = setup(position)
+    return jax.jit(lambda tokens, at: model.logits(params, model.apply(params, tokens).hidden)[0, at, :28].argmax())
+
+
+def whole(prompt, position="learned", count=NEW):
+    """Greedy text without a cache: the whole window is run for every token."""
+    window = LETTERS.encode(prompt).tolist()
+    made = []
+    for _ in range(count):
+        if position == "learned" and len(window) > 24:
+            window = window[-12:]
+        padded = np.zeros((1, 24 if position == "learned" else 64), np.int32)
+        padded[0, : len(window)] = window
+        made.append(int(likeliest(position)(padded, len(window) - 1)))
+        window.append(made[-1])
+    return LETTERS.decode(made)
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_greedy_equals_running_the_whole_prefix_for_each_token(position):
+    texts = generate(PROMPTS, position)
+    assert texts == [whole(prompt, position) for prompt in PROMPTS]
+    assert len(set("".join(texts))) > 10
+
+
+def test_window_slides_many_times():
+    long_prompt = "a prompt that is longer than the window is"
+    texts = generate(["abc", long_prompt, "a"], count=120)
+    assert texts == [whole("abc", count=120), whole(long_prompt[-12:], count=120), whole("a", count=120)]
+
+
+def test_long_prompts_go_through_in_pieces(monkeypatch):
+    prompts = [("pack my box with five dozen jugs. " * 2)[: CHUNK + 13], "ab", "x" * (CHUNK + 1)]
+    monkeypatch.setattr(module, "PIECE", 16)
+    assert generate(prompts, "rope", count=6) == [whole(prompt, "rope", count=6) for prompt in prompts]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0, "seed": 7}])
+def test_what_else_is_in_the_batch_does_not_matter(how):
+    """Rows end their windows at different times, and each must be as if it were the only one."""
+    together = generate(PROMPTS, **how)
+    assert generate([PROMPTS[0], "zz", "zzzzz zzzzz"], **how)[0] == together[0]
+    assert generate(["z" * 23, PROMPTS[1], "z" * 31], **how)[1] == together[1]
+    assert generate(["q", "z. " * 15, PROMPTS[2]], **how)[2] == together[2]
+    if not how:
+        assert generate(PROMPTS[:1]) == together[:1]
+
+
+def test_sampling_follows_seed_and_filters():
+    draw = functools.partial(generate, ["the "] * 3, temperature=1.5)
+    one = draw(seed=1)
+    assert one == draw(seed=1)
+    assert one != draw(seed=2)
+    assert len(set(one)) == 3
+    greedy = generate(["the "] * 3)
+    assert draw(top_k=1) == greedy
+    assert draw(top_p=1e-6) == greedy
+    assert len(set(draw(top_k=2, seed=1)) - set(greedy)) == 3
+
+
+def test_shorter_limits_are_prefixes_and_zero_is_nothing():
+    full = generate(PROMPTS)
+    assert generate(PROMPTS, count=13) == [text[:13] for text in full]
+    assert generate(PROMPTS, count=0) == ["", "", ""]
+    assert generate([]) == []
+
+
+def test_streamed_text_is_the_returned_text():
+    pieces = {0: [], 1: [], 2: []}
+    texts = generate(PROMPTS, stream=lambda index, text: pieces[index].append(text))
+    assert texts == generate(PROMPTS)
+    assert ["".join(parts) for parts in pieces.values()] == texts
+    assert [len(parts) for parts in pieces.values()] == [40, 40, 40]
+
+
+def test_ids_beyond_the_tokenizer_are_never_made():
+    model, params, _ = setup("learned")
+    kernel = params["unembed"]["kernel"].at[:, 28:].multiply(50.0)  # by far the largest logits, of either sign
+    louder = params | {"unembed": {"kernel": kernel}}
+    hidden = jax.jit(model.apply)(louder, jnp.zeros((1, 4), jnp.int32)).hidden
+    assert (model.logits(louder, hidden).argmax(-1) >= 28).any()
+    for how in ({}, {"temperature": 2.0}, {"temperature": 2.0, "top_k": 30}):
+        assert [len(text) for text in generate(PROMPTS, params=louder, **how)] == [40, 40, 40]
+
+
+def test_settings_and_models_that_cannot_serve():
+    model, params, _ = setup("learned")
+    with pytest.raises(UserError, match="max_new_tokens is -1; it must be at least 0"):
+        generate(["a"], count=-1)
+    with pytest.raises(UserError, match="top_k is 0"):
+        generate(["a"], top_k=0)
+    with pytest.raises(UserError, match="the tokenizer has 256 ids, but the model only 32"):
+        Generator(model, Bytes())
+    broken = params | {"norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
+    with pytest.raises(Diverged, match="the model's logits after 9 tokens of prompt 0 are not finite"):
+        generate(PROMPTS, params=broken)
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by one for each compilation inside."""
+    events = []
+    note = lambda event, *_, **__: events.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_parameters_spread_over_a_mesh():
+    model, params, _ = setup("learned")
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = jax.device_put(params, layout.param_shardings(model.abstract))
+    expected = generate(PROMPTS)
+    with compilations() as first:
+        assert generate(PROMPTS, params=spread) == expected
+    # An empty state and a chunk. Placed as the partitioner likes it, the state would be compiled for again and again.
+    assert len(first) == 2
+
+
+def test_how_the_model_was_trained_is_not_how_it_is_run():
+    _, params, _ = setup("learned")
+    generator = Generator(build(CONFIG, Execution(scan=False, remat="full", dtype="bfloat16")), LETTERS)
+    assert generator._model.execution == Execution(scan=True, remat="none", dtype="bfloat16")
+    assert [len(text) for text in generator(params, PROMPTS, max_new_tokens=NEW)] == [40, 40, 40]
+
+
+def test_other_prompts_and_settings_compile_nothing():
+    generate(PROMPTS, temperature=0.8, seed=1)
+    with compilations() as found:
+        generate(["a cat", "b", "c"], count=33, temperature=1.1, seed=2)
+    assert found == []
+
+
+class Chain:
+    """A model that answers each token with the one that a table names; the table is its parameters."""
+
+    def __init__(self, config, execution):
+        self.config, self.execution = config, execution
+
+    def empty_cache(self, rows, capacity):
+        return {"key": jnp.zeros((1, rows, capacity, 1, 1))}
+
+    def decode(self, params, tokens, positions, cache):
+        return jax.nn.one_hot(tokens, self.config.vocab_size), cache
+
+    def logits(self, params, hidden):
+        return hidden @ params
+
+
+@pytest.fixture
+def chain(monkeypatch):
+    def make(follows, tokenizer):
+        monkeypatch.setattr(module, "build", Chain)
+        size = tokenizer.vocab_size
+        table = np.zeros((size, size), np.float32)
+        table[list(follows), list(follows.values())] = 1
+        model = Chain(ModelConfig(vocab_size=size, position="none"), Execution())
+        return functools.partial(Generator(model, tokenizer), jnp.asarray(table))
+
+    return make
+
+
+def test_eos_ends_each_row_by_itself(chain):
+    tokenizer = Characters("abcdef", ["</s>"])
+    assert tokenizer.eos_id == 6
+    answer = chain({0: 1, 1: 2, 2: 6, 3: 4, 4: 3, 6: 0}, tokenizer)
+    assert answer(["a", "d", "c"], max_new_tokens=5) == ["bc", "edede", ""]
+    assert answer([""], max_new_tokens=5) == ["abc"]  # begins with eos, for want of a bos
+
+
+def test_an_empty_prompt_begins_with_bos_or_says_what_is_missing(chain):
+    follows = {0: 1, 1: 2, 2: 3, 3: 0}
+    with_bos = chain(follows | {4: 2, 5: 0}, Characters("abcd", ["<s>", "</s>"]))
+    assert with_bos([""], max_new_tokens=2) == ["cd"]
+    with pytest.raises(UserError, match="the prompt is empty, and a characters tokenizer without bos and eos"):
+        chain(follows, Characters("abcd"))(["a", ""], max_new_tokens=2)
+
+
+def test_no_half_character_is_streamed(chain):
+    data = list("é😀.".encode())  # 2, 4 and 1 bytes
+    answer = chain(dict(zip(data, [*data[1:], data[0]], strict=True)), Bytes())
+    pieces = []
+    stream = lambda _, piece: pieces.append(piece)  # noqa: E731
+    assert answer(["é"], max_new_tokens=14, stream=stream) == ["😀.é😀.é"]
+    assert pieces == ["😀", ".", "é", "😀", ".", "é"]
+    pieces.clear()
+    assert answer(["."], max_new_tokens=4, stream=stream) == ["é�"]  # cut inside the second one
+    assert pieces == ["é", "�"]
