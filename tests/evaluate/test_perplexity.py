@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +16,11 @@ from maxpretrain.errors import UserError
 from maxpretrain.evaluate.perplexity import Evaluator, bits_per_byte
 from maxpretrain.mesh import make_layout
 from maxpretrain.models import build
+from maxpretrain.nn.base import is_spec
 from maxpretrain.objectives import CLM
 
 CONFIG = ModelConfig(
-    vocab_size=13, num_layers=1, model_dim=8, num_heads=2, max_length=8, position="learned", init_std=0.5, dropout=0.3
+    vocab_size=13, num_layers=1, model_dim=8, num_heads=2, max_length=8, position="learned", dropout=0.3
 )
 
 
@@ -34,7 +36,12 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-    return build(CONFIG).init(jax.random.key(1))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda s: jnp.asarray((s.role == "norm") + 0.5 * rng.standard_normal(s.shape), jnp.float32),
+        build(CONFIG).abstract,
+        is_leaf=is_spec,
+    )
 
 
 def evaluate(store, params, *, batch_size, devices=1, objective=None, length=8, **how):
