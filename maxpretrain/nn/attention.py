@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,12 +70,55 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
     b, t, h, width = q.shape
     j = k.shape[2]
+    groups = h // j
     q = q * jnp.asarray(1.0 / math.sqrt(width), q.dtype)
-    scores = jnp.einsum("btjgk,bsjk->bjgts", q.reshape(b, t, j, h // j, width), k, preferred_element_type=jnp.float32)
-    mask = visible(context, t, k.shape[1])[:, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
-    weights = dropout(weights, rate, key)
-    return jnp.einsum("bjgts,bsjk->btjgk", weights, v).reshape(b, t, h, width)
+    q = q.reshape(b, t, j, groups, width).transpose(0, 2, 3, 1, 4).reshape(b, j, groups * t, width)
+    mask = jnp.tile(visible(context, t, k.shape[1])[:, None], (1, 1, groups, 1))
+    y = _attend(rate, q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, key)
+    return y.reshape(b, j, groups, t, width).transpose(0, 3, 1, 2, 4).reshape(b, t, h, width)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+    """softmax(q·kᵀ)·v where `mask`, with the N = T·H/J queries of all heads that share keys in a row.
+
+    A gradient of its own, for JAX's takes more passes over [N, S], which on a CPU cost as much as the products. Four axes,
+    since XLA copies more when it is given a fifth, even of size one.
+
+    Args:
+        q: [B, J, N, K], scaled.
+        k, v: [B, J, S, K].
+        mask: bool [B or 1, 1, N, S].
+    """
+    return _attend_forward(rate, q, k, v, mask, key)[0]
+
+
+def _attend_forward(rate: float, q: Any, k: Any, v: Any, mask: Any, key: Any) -> tuple[jax.Array, Any]:
+    scores = jnp.einsum("bjnk,bjsk->bjns", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    # Weights are powers · share; both are kept apart, so that the division is of [N, K] rather than [N, S].
+    powers = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+    share = 1.0 / jnp.sum(powers, -1, keepdims=True)
+    y = jnp.einsum("bjns,bjsk->bjnk", dropout(powers, rate, key).astype(v.dtype), v, preferred_element_type=jnp.float32)
+    y = (y * share).astype(q.dtype)
+    return y, (q, k, v, powers, share, y, key)
+
+
+def _attend_backward(rate: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    q, k, v, powers, share, y, key = saved
+    d_weights = jnp.einsum("bjnk,bjsk->bjns", dy, v, preferred_element_type=jnp.float32)
+    wide = dy.astype(jnp.float32)
+    mean = jnp.sum(wide * y.astype(jnp.float32), -1, keepdims=True)  # Σ_s weights·d_weights, without a pass over [N, S]
+    d_scores = (powers * ((dropout(d_weights, rate, key) - mean) * share)).astype(q.dtype)
+    dq = jnp.einsum("bjns,bjsk->bjnk", d_scores, k)
+    # The narrow operand first, as in linear.py.
+    dk = jnp.einsum("bjnk,bjns->bjks", q, d_scores).swapaxes(2, 3)
+    dropped = dropout(powers, rate, key).astype(v.dtype)
+    dv = jnp.einsum("bjnk,bjns->bjks", (wide * share).astype(v.dtype), dropped).swapaxes(2, 3)
+    return dq, dk, dv, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Attention(Module):
