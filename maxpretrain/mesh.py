@@ -224,10 +224,15 @@ def use(layout: Layout) -> Iterator[Layout]:
         _current.reset(token)
 
 
+def parts(logical: str) -> int:
+    """Into how many parts the layout in use cuts a logical axis; 1 outside `use`."""
+    layout = _current.get()
+    return 1 if layout is None else layout.extent(logical)
+
+
 def batch_parts() -> int:
     """Into how many parts the layout in use cuts the batch; 1 outside `use`."""
-    layout = _current.get()
-    return 1 if layout is None else layout.extent("batch")
+    return parts("batch")
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
