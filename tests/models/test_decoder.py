@@ -1,6 +1,7 @@
 """The decoder: what it must and must not see, and that how it runs changes nothing."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -14,7 +15,7 @@ from maxpretrain.models.families import preset
 from maxpretrain.nn.base import is_spec
 from maxpretrain.nn.stack import Execution
 
-GPT = ModelConfig(vocab_size=61, num_layers=3, model_dim=32, num_heads=4, max_length=32, init_std=0.2)
+GPT = ModelConfig(vocab_size=61, num_layers=2, model_dim=32, num_heads=4, max_length=32, init_std=0.2)
 LLAMA = dataclasses.replace(
     GPT,
     num_kv_heads=2,
@@ -41,6 +42,18 @@ def network(request):
     )
 
 
+@functools.cache
+def parameters(config):
+    return jax.jit(build(config).init)(jax.random.key(0))
+
+
+@functools.cache
+def value_and_gradient(config, execution):
+    model = build(config, execution)
+    loss = lambda p: jnp.square(model.apply(p, tokens()).hidden).sum()  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(parameters(config))
+
+
 def tokens(rows=2, length=16, seed=1):
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, 61, jnp.int32)
 
@@ -59,10 +72,13 @@ def test_a_token_influences_itself_and_what_follows_only(network):
         # The embedding is replaced by its differentiable form through a table of one row a position.
         rows = hidden(onehot)[0]
         moved = {**params, name: {"table": jnp.concatenate([rows, params[name]["table"][8:]])}}
-        return model.apply(moved, jnp.arange(8, dtype=jnp.int32)[None]).hidden[0, at].sum()
+        return model.apply(moved, jnp.arange(8, dtype=jnp.int32)[None]).hidden[0, at] @ jnp.arange(
+            32, dtype=jnp.float32
+        )  # a plain sum is constant after a norm
 
+    gradient = jax.jit(jax.grad(out))
     for at in (0, 3, 7):
-        influence = np.abs(np.asarray(jax.grad(out)(x, at))).sum((0, 2))
+        influence = np.abs(np.asarray(gradient(x, at))).sum((0, 2))
         assert (influence[: at + 1] > 0).all(), influence
         assert (influence[at + 1 :] == 0).all(), influence
 
@@ -93,22 +109,18 @@ def test_packed_documents_give_what_each_gives_alone(network):
 @pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
 def test_scan_and_remat_change_neither_values_nor_gradients(execution, config):
     reference, other = build(config), build(config, execution)
-    params = reference.init(jax.random.key(0))
     assert jax.tree.structure(reference.abstract, is_leaf=is_spec) == jax.tree.structure(
         other.abstract, is_leaf=is_spec
     )
 
-    def loss(model):
-        return jax.jit(jax.value_and_grad(lambda p: jnp.square(model.apply(p, tokens()).hidden).sum()))(params)
-
-    (value, gradient), (other_value, other_gradient) = loss(reference), loss(other)
+    (value, gradient), (other_value, other_gradient) = (value_and_gradient(config, e) for e in (Execution(), execution))
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), gradient, other_gradient)
 
 
 def test_dropout_is_drawn_from_the_key_and_off_without_one():
     model = build(dataclasses.replace(GPT, dropout=0.5))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     run = jax.jit(lambda key: model.apply(params, tokens(), key=key).hidden)
     first, again, other = run(jax.random.key(1)), run(jax.random.key(1)), run(jax.random.key(2))
     np.testing.assert_array_equal(first, again)
@@ -132,17 +144,23 @@ def test_cache_gives_what_the_whole_sequence_gives(network):
     ids = tokens(2, 12)
     full = logits(params, ids, None, None)
     at = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], (2, 12))
-    hidden, cache = model.decode(params, ids[:, :7], at[:, :7], model.empty_cache(2, 14))
-    parts = [model.logits(params, hidden)]
+
+    @jax.jit
+    def step(ids, at, cache):
+        hidden, cache = model.decode(params, ids, at, cache)
+        return model.logits(params, hidden), cache
+
+    first, cache = step(ids[:, :7], at[:, :7], model.empty_cache(2, 14))
+    parts = [first]
     for i in range(7, 12):
-        hidden, cache = model.decode(params, ids[:, i : i + 1], at[:, i : i + 1], cache)
-        parts.append(model.logits(params, hidden))
+        logits_of_one, cache = step(ids[:, i : i + 1], at[:, i : i + 1], cache)
+        parts.append(logits_of_one)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), full, atol=3e-5)
 
 
 def test_rotary_positions_are_relative():
     model = build(LLAMA)
-    params = model.init(jax.random.key(0))
+    params = parameters(LLAMA)
     ids = tokens(1, 9)
     run = jax.jit(lambda at: model.apply(params, ids, at).hidden)
     at = jnp.arange(9, dtype=jnp.int32)[None]
@@ -152,7 +170,7 @@ def test_rotary_positions_are_relative():
 
 def test_initialization_is_of_the_size_that_the_config_says():
     config = dataclasses.replace(GPT, model_dim=128, num_heads=4, num_layers=8, init_std=0.02)
-    params = build(config).init(jax.random.key(0))
+    params = jax.jit(build(config).init)(jax.random.key(0))
     block = params["stack"]["block"]
     assert np.std(params["embed"]["table"]) == pytest.approx(0.02, rel=0.05)
     assert np.std(block["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
@@ -165,9 +183,9 @@ def test_initialization_is_of_the_size_that_the_config_says():
         ("he_normal", math.sqrt(2 / 128)),
         ("truncated_normal", 0.02),
     ):
-        kernel = build(dataclasses.replace(config, init=init)).init(jax.random.key(0))["stack"]["block"]["mlp"]["up"][
-            "kernel"
-        ]
+        kernel = jax.jit(build(dataclasses.replace(config, init=init)).init)(jax.random.key(0))["stack"]["block"][
+            "mlp"
+        ]["up"]["kernel"]
         assert np.std(kernel) == pytest.approx(size, rel=0.02), init
     assert np.abs(kernel).max() <= 2 * 0.02 / 0.8796 + 1e-6
 
@@ -175,10 +193,12 @@ def test_initialization_is_of_the_size_that_the_config_says():
 def test_untrained_loss_is_the_logarithm_of_the_vocabulary():
     config = ModelConfig(vocab_size=50_257, num_layers=1, model_dim=64, num_heads=2, max_length=16)
     model = build(config)
-    params = model.init(jax.random.key(0))
-    logits = model.logits(params, model.apply(params, tokens(2, 16)).hidden)
-    loss = -jax.nn.log_softmax(logits)[:, :-1].mean()
-    assert float(loss) == pytest.approx(10.825, abs=0.03)
+
+    def loss(key):
+        params = model.init(key)
+        return -jax.nn.log_softmax(model.logits(params, model.apply(params, tokens(2, 16)).hidden)).mean()
+
+    assert float(jax.jit(loss)(jax.random.key(0))) == pytest.approx(10.825, abs=0.03)
 
 
 @pytest.mark.parametrize(
