@@ -3,7 +3,7 @@
     maxpretrain train configs/quickstart.py
 
 Hardware: any; two CPU cores take under three minutes, one GPU or TPU is used where there is one.
-Expected: about 2.3 bits per byte less than the untrained model; well below the bigram baseline that it prints.
+Expected: about 1.93 bits per byte of validation text, against 2.12 of the bigram baseline that it prints.
 Your own text: maxpretrain train configs/quickstart.py --name mine --data.train 'texts/*.txt'
 """
 
@@ -21,7 +21,7 @@ from maxpretrain.config import (
 
 config = Run(
     name="quickstart",
-    steps=300,
+    steps=420,
     model=ModelConfig(
         num_layers=4,
         model_dim=192,
@@ -31,13 +31,12 @@ config = Run(
         norm="rmsnorm",
         activation="gelu_tanh",
         bias=False,
+        init_std=0.05,  # a model this narrow learns faster from larger weights than the usual 0.02
     ),
-    tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=4096, algorithm="bpe"),
+    tokenizer=TokenizerConfig(kind="sentencepiece", vocab_size=2048, algorithm="bpe"),
     data=DataConfig(train=("embedded",)),
     batch=BatchConfig(size=16, length=128),
-    optimizer=OptimizerConfig(
-        peak_lr=4e-3, weight_decay=0.1, schedule=ScheduleConfig(shape="cosine", warmup=30, final=0.05)
-    ),
-    evaluation=EvaluationConfig(every=100, prompts=("Return the ", "The list of ")),
-    checkpoint=CheckpointConfig(every=100),
+    optimizer=OptimizerConfig(peak_lr=3e-3, schedule=ScheduleConfig(shape="cosine", warmup=40, final=0.02)),
+    evaluation=EvaluationConfig(every=105, prompts=("Return the ", "The list of ")),
+    checkpoint=CheckpointConfig(every=210),
 )
