@@ -299,7 +299,14 @@ def validate(run: Run) -> None:
     total = run.steps * (run.tokens_per_step if run.optimizer.schedule.unit == "tokens" else 1)
     _validate_schedule(run.optimizer.schedule, total)
     opt = run.optimizer
-    _require(opt.peak_lr > 0, f"optimizer.peak_lr is {opt.peak_lr}; it must be above 0")
+    for part, value in (
+        ("optimizer.peak_lr", opt.peak_lr),
+        ("optimizer.eps", opt.eps),
+        ("model.norm_eps", run.model.norm_eps),
+        ("model.init_std", run.model.init_std),
+        ("model.rope_theta", run.model.rope_theta),
+    ):
+        _require(value > 0, f"{part} is {value}; it must be above 0")
     for part in ("b1", "b2"):
         _require(0 <= getattr(opt, part) < 1, f"optimizer.{part} is {getattr(opt, part)}; it must be in [0, 1)")
     for part in ("clip_norm", "clip_value"):
@@ -326,7 +333,12 @@ def validate(run: Run) -> None:
     for part, value in (
         ("evaluation.every", run.evaluation.every),
         ("evaluation.batches", run.evaluation.batches),
+        ("evaluation.sample_tokens", run.evaluation.sample_tokens),
+        ("evaluation.temperature", run.evaluation.temperature),
         ("checkpoint.every", run.checkpoint.every),
+        ("compute.loss_chunk", run.compute.loss_chunk),
+        ("compute.cpu_devices", run.compute.cpu_devices),
+        ("data.workers", data.workers),
     ):
         _require(value >= 0, f"{part} is {value}; it must be at least 0")
     for part, value in (

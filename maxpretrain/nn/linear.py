@@ -6,10 +6,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from maxpretrain import mesh
 from maxpretrain.nn import init as inits
 from maxpretrain.nn.base import Initializer, Module, param
+
+
+PRODUCT = "product"  # what remat "dots" saves; a policy does not see inside a function that has a gradient of its own
 
 
 def einsum(spec: str, x: jax.Array, kernel: jax.Array, *, out: jnp.dtype | None = None) -> jax.Array:
@@ -73,7 +77,7 @@ class Linear(Module):
         contracted, kept = kernel.shape[:n], kernel.shape[n:]
         # As one plain matrix product: the CPU and GPU libraries know no faster shape.
         flat = x.reshape(*x.shape[: x.ndim - n], math.prod(contracted)) if n > 1 else x
-        y = project(flat, kernel.reshape(math.prod(contracted), math.prod(kept)).astype(x.dtype))
+        y = checkpoint_name(project(flat, kernel.reshape(math.prod(contracted), math.prod(kept)).astype(x.dtype)), PRODUCT)
         y = y.reshape(*y.shape[:-1], *kept)
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)

@@ -13,13 +13,14 @@ from maxpretrain.mesh import constrain
 from maxpretrain.nn import base
 from maxpretrain.nn.attention import Attention, Cache, Context
 from maxpretrain.nn.dropout import dropout, split
+from maxpretrain.nn.linear import PRODUCT
 from maxpretrain.nn.mlp import MLP
 from maxpretrain.nn.norm import make_norm
 
 # What the backward pass finds saved, by the name of the policy; anything else it computes again.
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 

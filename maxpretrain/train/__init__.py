@@ -63,6 +63,7 @@ def _directory(run_dir: Path, fresh: bool) -> Iterator[_Began]:
     if jax.process_index() != 0:
         yield began
         return
+    aside = None
     if fresh and run_dir.exists():
         with RunLock(run_dir):
             pass  # refused while another trainer is at work in it
@@ -73,9 +74,12 @@ def _directory(run_dir: Path, fresh: bool) -> Iterator[_Began]:
     try:
         with RunLock(run_dir):
             yield began
-    except UserError:
+    except (UserError, OSError, KeyboardInterrupt):
         if new and not began.yes:
             shutil.rmtree(run_dir, ignore_errors=True)
+            if aside is not None:
+                aside.rename(run_dir)  # refused: nothing was touched
+                print(f"nothing was started, and the earlier run is {run_dir} again")
         raise
 
 
@@ -96,6 +100,7 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
         for line in changes:
             console.say(line)
         with ledger("prepare"):
+            setups.precheck(run)
             with console.working("preparing the data") as work:
                 prepared = prepare(
                     run,
@@ -197,7 +202,8 @@ def _report_anyway(run_dir: Path) -> None:
     """A run that did not finish has a report too; a fault in writing it must not hide why the run ended."""
     from maxpretrain.monitor.report import write_report
 
-    with contextlib.suppress(Exception):
+    # An impatient second Ctrl-C ends the report, and not the word that the state is saved.
+    with contextlib.suppress(Exception, KeyboardInterrupt):
         write_report([run_dir])
 
 
@@ -205,10 +211,13 @@ def _write_description(run: Run, setup: Any, run_dir: Path) -> None:
     import json
 
     from maxpretrain import configio, environment
+    from maxpretrain.data.store import write_atomically
 
+    # The config first: without it the directory is no run, and a kill in between would make the next start refuse it.
+    write_atomically(run_dir / "config.json", configio.to_json(run).encode())
     setup.prepared.tokenizer.save(run_dir / "tokenizer")
-    (run_dir / "config.json").write_text(configio.to_json(run))
-    (run_dir / "environment.json").write_text(json.dumps(environment.describe(), indent=2) + "\n")
+    description = json.dumps(environment.describe(), indent=2) + "\n"
+    write_atomically(run_dir / "environment.json", description.encode())
 
 
 def _announce(setup: Any, sinks: Any, console: Any, start: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -31,7 +32,14 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            os.write(sys.stderr.fileno(), b"\nsecond signal: ended without saving\n")
+            self._say(b"\nsecond signal: ended without saving\n")
             os._exit(1)
         self.requested = True
-        os.write(sys.stderr.fileno(), b"\nstopping after this step, then saving; once more to end at once\n")
+        self._say(b"\nstopping after this step, then saving; once more to end at once\n")
+
+    @staticmethod
+    def _say(text: bytes) -> None:
+        # Nobody may be listening: Ctrl-C in `train | tee log` ends tee first, and a notebook's stderr has no descriptor. An
+        # exception from here would end the loop without saving.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.write(sys.stderr.fileno(), text)

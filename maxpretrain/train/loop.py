@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from maxpretrain import mesh
+from maxpretrain import configio, mesh
 from maxpretrain.checkpoint import Checkpoints
 from maxpretrain.data.pipeline import Batches
 from maxpretrain.errors import Diverged, Stopped
@@ -228,10 +228,15 @@ class Trainer:
         return metrics
 
     def _save(self, *, final: bool) -> None:
-        if self.saved == self.step:
+        # A final save of a step whose save is still on its way waits for it, and makes up for one that failed.
+        if self.saved == self.step and (not final or self.step == self.start):
             return
         step, metrics = self.evaluated
-        meta = self.identity | {"seconds": round(self.seconds, 3), "tokens": self.step * self.run.tokens_per_step}
+        meta = self.identity | {
+            "config": configio.to_dict(self.run),
+            "seconds": round(self.seconds, 3),
+            "tokens": self.step * self.run.tokens_per_step,
+        }
         with self.ledger("save"):
             blocked = self.checkpoints.save(
                 self.step, self.state, meta, metric=metrics.get("eval/loss") if step == self.step else None, final=final

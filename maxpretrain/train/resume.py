@@ -101,7 +101,9 @@ def previous(run_dir: Path) -> Run | None:
         raise UserError(f"{run_dir} is a file, and a run needs a directory there; give another --name or --root")
     if (run_dir / "config.json").exists():
         return configio.read_saved(run_dir)
-    strange = [path.name for path in run_dir.iterdir() if path.name not in (".lock", "lock.json", "log.txt")]
+    strange = [
+        path.name for path in run_dir.iterdir() if path.name[0] != "." and path.name not in ("lock.json", "log.txt")
+    ]
     if strange:
         raise UserError(
             f"{run_dir} holds {sorted(strange)[0]} but no config.json, so it is no run; give another --name or --root, or remove it"

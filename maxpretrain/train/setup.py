@@ -84,6 +84,34 @@ def resolve_vocabulary(run: Run, vocab_size: int) -> Run:
     return run
 
 
+def _check_prompts(run: Run, prepared: Prepared) -> None:
+    """Refuses at once what the first evaluation, hundreds of steps later, could not continue."""
+    tokenizer = prepared.tokenizer
+    for prompt in run.evaluation.prompts if run.evaluation.sample_tokens else ():
+        try:
+            nothing = not len(tokenizer.encode(prompt)) and tokenizer.bos_id is None and tokenizer.eos_id is None
+        except UserError as error:
+            raise UserError(f"evaluation.prompts: {error}, or give other prompts") from error
+        if nothing:
+            raise UserError(f"evaluation.prompts has an empty text, and a {tokenizer.kind} tokenizer cannot begin with it")
+
+
+def precheck(run: Run) -> None:
+    """Refuses what the devices here cannot run, before text is prepared, which may take hours; `build` checks the rest.
+
+    Raises:
+        UserError: as `build`, of all that does not depend on the text or the tokenizer.
+    """
+    layout = make_layout(run.mesh)
+    if run.model.vocab_size is None:  # not known yet: any that the mesh divides
+        run = run.replace(model=dataclasses.replace(run.model, vocab_size=layout.extent("vocab")))
+    hardware.resolve(
+        run, layout.mesh.devices.flat[0], devices=layout.num_devices, batch_parts=layout.extent("batch")
+    )
+    layout.check(models.build(run.model).abstract, run.batch.size, run.batch.microbatches)
+    _learning_rate(run)
+
+
 def build(run: Run, prepared: Prepared) -> Setup:
     """Assembles a run.
 
@@ -102,7 +130,7 @@ def build(run: Run, prepared: Prepared) -> Setup:
         tokens_per_step=run.tokens_per_step,
         decay_mask=optim.decay_mask(model.abstract),
     )
-    rows = layout.local_rows(run.batch.size)
+    _check_prompts(run, prepared)
     pipeline = Pipeline(
         prepared.train,
         run.data.weights,
@@ -111,15 +139,17 @@ def build(run: Run, prepared: Prepared) -> Setup:
         length=run.batch.length,
         seed=run.seed,
         shuffle=run.data.shuffle,
-        rows=rows,
+        rows=layout.local_rows(run.batch.size),
     )
+    # The whole batch at once need not fit: the same windows, in parts of the size that training takes.
+    part = run.batch.size // run.batch.microbatches
     batches = EvaluationBatches(
         prepared.validation,
         run.objective.measured(),
-        batch_size=run.batch.size,
+        batch_size=part,
         length=run.batch.length,
-        batches=run.evaluation.batches,
-        rows=rows,
+        batches=run.evaluation.batches * run.batch.microbatches,
+        rows=layout.local_rows(part),
     )
-    evaluator = Evaluator(model, run.objective, layout, batches, run.batch.size)
+    evaluator = Evaluator(model, run.objective, layout, batches, part)
     return Setup(run, prepared, layout, model, optimizer, pipeline, evaluator, choices)

@@ -173,7 +173,8 @@ def test_saved_activations_are_the_residuals_that_jax_finds(shape, dtype, remats
 
 def test_flash_attention_keeps_no_square():
     square, flash = (saved_per_token(TINY, 32, Execution(attention=kernel))["none"] for kernel in ("xla", "cudnn"))
-    assert square - flash == 8 * 2 * 32
+    # float32 powers of 2 heads over 32 keys, and the result by heads
+    assert square - flash == 4 * 2 * 32 + 4 * 16
 
 
 def test_tensor_axis_cuts_heads_and_mlp_but_not_the_width():
@@ -202,7 +203,7 @@ def test_a_plan_that_does_not_fit_says_what_would():
 
 
 def test_one_device_that_is_too_small_gets_microbatches_or_nothing():
-    long = GPT2.replace(batch=BatchConfig(size=64, length=1024), compute=ComputeConfig(remat="none", attention="xla"))
+    long = GPT2.replace(batch=BatchConfig(size=96, length=1024), compute=ComputeConfig(remat="none", attention="xla"))
     result = plan(long, target="l4")
     assert result.fits is False
     assert result.advice == "--compute.remat full"
