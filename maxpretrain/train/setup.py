@@ -93,7 +93,9 @@ def _check_prompts(run: Run, prepared: Prepared) -> None:
         except UserError as error:
             raise UserError(f"evaluation.prompts: {error}, or give other prompts") from error
         if nothing:
-            raise UserError(f"evaluation.prompts has an empty text, and a {tokenizer.kind} tokenizer cannot begin with it")
+            raise UserError(
+                f"evaluation.prompts has an empty text, and a {tokenizer.kind} tokenizer cannot begin with it"
+            )
 
 
 def precheck(run: Run) -> None:
@@ -105,9 +107,7 @@ def precheck(run: Run) -> None:
     layout = make_layout(run.mesh)
     if run.model.vocab_size is None:  # not known yet: any that the mesh divides
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=layout.extent("vocab")))
-    hardware.resolve(
-        run, layout.mesh.devices.flat[0], devices=layout.num_devices, batch_parts=layout.extent("batch")
-    )
+    hardware.resolve(run, layout.mesh.devices.flat[0], devices=layout.num_devices, batch_parts=layout.extent("batch"))
     layout.check(models.build(run.model).abstract, run.batch.size, run.batch.microbatches)
     _learning_rate(run)
 
