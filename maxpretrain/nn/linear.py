@@ -12,7 +12,6 @@ from maxpretrain import mesh
 from maxpretrain.nn import init as inits
 from maxpretrain.nn.base import Initializer, Module, param
 
-
 PRODUCT = "product"  # what remat "dots" saves; a policy does not see inside a function that has a gradient of its own
 
 
@@ -77,7 +76,9 @@ class Linear(Module):
         contracted, kept = kernel.shape[:n], kernel.shape[n:]
         # As one plain matrix product: the CPU and GPU libraries know no faster shape.
         flat = x.reshape(*x.shape[: x.ndim - n], math.prod(contracted)) if n > 1 else x
-        y = checkpoint_name(project(flat, kernel.reshape(math.prod(contracted), math.prod(kept)).astype(x.dtype)), PRODUCT)
+        y = checkpoint_name(
+            project(flat, kernel.reshape(math.prod(contracted), math.prod(kept)).astype(x.dtype)), PRODUCT
+        )
         y = y.reshape(*y.shape[:-1], *kept)
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)

