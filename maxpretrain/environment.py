@@ -30,8 +30,8 @@ def prepare_process(run: Run | None = None) -> None:
         run: the run to be trained; None for commands that use one device.
     """
     if accelerator() is None:
-        keep_freed_memory()
         count = 1 if run is None else cpu_device_count(run, available_cores())
+        keep_freed_memory(one_heap=run is not None and step_bytes(run, count) > 64 * 2**20)
         flags = os.environ.get("XLA_FLAGS", "")
         if "jax" not in sys.modules and count > 1 and _DEVICE_COUNT_FLAG not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {_DEVICE_COUNT_FLAG}={count}".strip()
@@ -67,9 +67,13 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(*, one_heap: bool = False) -> bool:
     """Tells glibc to keep what is freed. XLA's CPU client frees a step's temporaries and asks for them again; returned to the
     system in between, they cost a page fault for every 4 KiB (a third of a small model's step).
+
+    Args:
+        one_heap: for all threads. A thread's own heap ends at 64 MiB, and what does not fit is mapped and given back each
+            time, whatever else is set; but below that its own is faster.
 
     Returns:
         Whether it took; no on other C libraries, and where the user tuned malloc in the environment.
@@ -80,9 +84,17 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    top_pad, trim_threshold, mmap_max = -2, -1, -4  # the M_ constants of malloc.h
-    settings = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 64 * 2**20}
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # the M_ constants of malloc.h
+    settings = {mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20} | ({arena_max: 1} if one_heap else {})
     return {libc.mallopt(name, value) for name, value in settings.items()} == {1}
+
+
+def step_bytes(run: Run, devices: int) -> int:
+    """Memory that a step takes and frees on each of so many devices: what the blocks keep, and gradients; a rough count."""
+    model, batch = run.model, run.batch
+    tokens = batch.size * batch.length // (batch.microbatches * devices)
+    kept = tokens * (20 * model.model_dim + model.num_heads * batch.length)
+    return 4 * model.num_layers * (kept + 12 * model.model_dim**2)
 
 
 def cpu_device_count(run: Run, cores: int) -> int:

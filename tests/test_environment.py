@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from maxpretrain import environment
-from maxpretrain.config import BatchConfig, ComputeConfig, DataConfig, MeshConfig, Run
+from maxpretrain.config import BatchConfig, ComputeConfig, DataConfig, MeshConfig, ModelConfig, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,6 +103,40 @@ def test_freed_memory_is_kept():
     assert child(FREED.replace("TOOK", "None")) == "None False"
     assert child(prepared) == "True True"
     assert child(prepared, MALLOC_ARENA_MAX="2") == "False False"  # the user tuned it
+
+
+ANOTHER_THREAD = """
+import ctypes, threading
+from maxpretrain import environment
+from maxpretrain.config import BatchConfig, ModelConfig, Run
+environment.prepare_process(Run(model=ModelConfig(num_layers=LAYERS, model_dim=256, num_heads=4), batch=BatchConfig(size=8)))
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+blocks = []
+thread = threading.Thread(target=lambda: blocks.append(libc.malloc(ctypes.c_size_t(2**28))))
+thread.start()
+thread.join()
+heap = next(line.split()[0].split("-") for line in open("/proc/self/maps") if line.rstrip().endswith("[heap]"))
+print(int(heap[0], 16) <= blocks[0] < int(heap[1], 16))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""),
+    reason="glibc only",
+)
+def test_threads_share_a_heap_where_a_step_is_large():
+    assert child(ANOTHER_THREAD.replace("LAYERS", "6")) == "True"
+    assert child(ANOTHER_THREAD.replace("LAYERS", "1")) == "False"
+
+
+def test_step_bytes():
+    run = Run(
+        model=ModelConfig(num_layers=6, model_dim=384, num_heads=6),
+        batch=BatchConfig(size=16, length=256, microbatches=2),
+    )
+    # 16 × 256 / 2 / 2 tokens of 20 · 384 + 6 · 256 numbers, and 12 · 384² weights, in 6 layers
+    assert environment.step_bytes(run, devices=2) == 4 * 6 * (1024 * 9216 + 1769472)
 
 
 @pytest.mark.parametrize(
