@@ -119,6 +119,7 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
             identity = {
                 "tokenizer": prepared.tokenizer.fingerprint,
                 "data": [store.fingerprint for store in (*prepared.train, *prepared.validation)],
+                "devices": f"{jax.devices()[0].device_kind}, {setup.layout.describe()}, jax {jax.__version__}",
             }
             with ledger("recover"):
                 restored = checkpoints.restore_latest(setup.abstract_state, run.checkpoint.resume)
@@ -167,6 +168,11 @@ def _train(
             return
         if start:
             console.say(f"resuming after step {start} with the next batch")
+            if meta.get("devices", identity["devices"]) != identity["devices"]:
+                console.say(
+                    f"saved on {meta['devices']}, now on {identity['devices']}: the same batches and the same randomness, but the "
+                    "last digits of a loss may differ"
+                )
         trainer = Trainer(
             setup,
             state,

@@ -200,7 +200,13 @@ class Trainer:
         paused = self.meter.pause()
         last = self.step == self.run.steps
         if self._due(self.run.evaluation.every) or last:
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Diverged:
+                raise
+            except Exception:
+                self._save(final=True)  # the state is sound: what was trained is not lost with the evaluation
+                raise
         if self._due(self.run.checkpoint.every) or last:
             self._save(final=last)
         self.meter.resume(paused)
