@@ -92,6 +92,11 @@ class RunDirectory:
             raise StorageError(f"{self.path} has no checkpoint of step {step}; there is: {', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of a step: tokenizer, data, devices, config, seconds, tokens."""
+        with self._checkpoints() as checkpoints:
+            return checkpoints.read_meta(step)
+
     def model(self, layout: Layout | None = None, *, scan: bool | None = None) -> Model:
         """The network, run as suits the devices here, which need not be those it was trained on.
 

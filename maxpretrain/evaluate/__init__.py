@@ -40,7 +40,7 @@ def evaluate_run(run_dir: Source, data: Source | None = None, step: int | None =
 
     directory = RunDirectory.open(run_dir)
     step = directory.step(step)
-    stores = _stores(directory, data)
+    stores = _stores(directory, data, step)
     layout = _layout()
     return {"step": step} | _measure(directory, directory.params(step, layout), stores, layout)
 
@@ -53,7 +53,7 @@ def evaluate(run: LoadedRun | Source, data: Source | None = None) -> dict[str, A
 
     from maxpretrain.rundir import abstract_params
 
-    stores = _stores(run.directory, data)
+    stores = _stores(run.directory, data, run.step)
     layout = _layout()
     places = jax.tree.map(lambda struct: struct.sharding, abstract_params(run.config, layout))
     return {"step": run.step} | _measure(run.directory, jax.device_put(run.params, places), stores, layout)
@@ -66,7 +66,7 @@ def _layout() -> Layout:
     return make_layout(MeshConfig(data=-1))
 
 
-def _stores(directory: RunDirectory, data: Source | None) -> Sequence[Store]:
+def _stores(directory: RunDirectory, data: Source | None, step: int) -> Sequence[Store]:
     from maxpretrain.data.prepare import prepare, prepare_source
 
     config, tokenizer = directory.config, directory.tokenizer
@@ -77,6 +77,12 @@ def _stores(directory: RunDirectory, data: Source | None) -> Sequence[Store]:
         raise UserError(
             f"the data of {directory.path} changed: the tokenizer made from it now is not the one that the run was trained with; "
             "restore the files, or give the text to evaluate on with --data"
+        )
+    made = [store.fingerprint for store in (*prepared.train, *prepared.validation)]
+    if directory.meta(step).get("data", made) != made:
+        raise UserError(
+            f"the data of {directory.path} is not what the run was trained with, and its validation text may be another; restore "
+            "the files, or give the text to evaluate on with --data"
         )
     return prepared.validation
 
