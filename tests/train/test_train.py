@@ -159,6 +159,7 @@ def test_a_run_leaves_what_the_contract_names(copy, run):
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["devices"]["count"] == 8
     assert Checkpoints(run_dir / "checkpoints").steps() == [3, 6]
+    assert Checkpoints(run_dir / "checkpoints").read_meta(6)["config"] == configio.to_dict(saved)
     assert "eval 6/6" in (run_dir / "log.txt").read_text()
 
     # Run again, it is done: nothing is trained, and nothing lost.
@@ -286,6 +287,11 @@ def test_fresh_starts_over_and_keeps_the_old_run(copy, run):
     assert (kept[0] / "notes.txt").read_text() == "mine"
     assert not (first / "notes.txt").exists()
     assert [s for s, *_ in curve(first)] == [1, 2]
+    # Refused, it leaves the run where it was.
+    with pytest.raises(UserError, match="12 is not divisible"):
+        train(run.replace(batch=BatchConfig(size=12, length=32)), fresh=True)
+    assert [s for s, *_ in curve(first)] == [1, 2]
+    assert [path for path in first.parent.iterdir() if path.name.startswith("tiny.")] == kept
 
 
 def test_a_text_that_changed_behind_the_config_is_refused(corpus, tmp_path):
