@@ -125,7 +125,7 @@ class Checkpoints:
         metric: float | None = None,
         final: bool = False,
         replace: bool = False,
-    ) -> float:
+    ) -> float | None:
         """Save a state. It returns as soon as the state may be donated; the writing goes on in the background.
 
         A save that fails (a full disk, say) frees what it wrote and becomes a warning at the next call, or an error at
@@ -140,7 +140,7 @@ class Checkpoints:
             replace: allow `step` to exist; the old one stays until the new one is complete.
 
         Returns:
-            Seconds for which the call blocked.
+            Seconds for which the call blocked; None where this save failed at once (a warning says why).
 
         Raises:
             UserError: the step exists, or a later one does.
@@ -171,7 +171,8 @@ class Checkpoints:
                 if final:
                     raise StorageError(f"{text}; free space or mend the directory, and run again") from error
                 self._note(f"{text}; training goes on")
-                break
+                self._flush()
+                return None
         self._flush()
         return time.perf_counter() - begun
 

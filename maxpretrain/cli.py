@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        status = _dispatch(words)
+        status = _dispatch(words, debug)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
-        return _end("interrupted before anything was saved; run the same command again", FAILED, debug)
+        return _end("interrupted; what was saved stays: run the same command again", FAILED, debug)
     except UserError as error:
         return _end(str(error), error.exit_status, debug)
     except OSError as error:
@@ -92,7 +92,7 @@ def _unexpected(error: Exception, debug: bool) -> str:
     return f"{type(error).__name__}: {first[:300]}{place}{more}" if first else f"{type(error).__name__}{place}{more}"
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if words else WRONG
@@ -119,6 +119,7 @@ def _dispatch(words: list[str]) -> int:
         options.overrides = others
     elif others:
         raise UserError(f"{name} does not take {others[0]}; see maxpretrain {name} --help")
+    options.debug = debug
     return verb.run(options)
 
 

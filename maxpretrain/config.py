@@ -162,7 +162,7 @@ class ComputeConfig:
 class EvaluationConfig:
     """What is measured while training, always on the same validation windows."""
 
-    every: int = 200  # steps between evaluations; 0: only at the end
+    every: int = 250  # steps between evaluations; 0: only at the end
     batches: int = 0  # at most so many batches; 0: the whole validation text
     prompts: tuple[str, ...] = ("The ",)  # continued at each evaluation, for the report
     sample_tokens: int = 64  # length of such a sample

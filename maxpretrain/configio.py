@@ -64,15 +64,16 @@ def available() -> dict[str, Path]:
 
 
 def find_config(path_or_name: str | os.PathLike[str]) -> Path:
-    """The file that `path_or_name` means: a path, or a bare name (`-` and `_` alike)."""
+    """The file that `path_or_name` means: a path, or a bare name (`-`, `.` and `_` alike)."""
     text = os.fspath(path_or_name)
     path = Path(text).expanduser()
     if path.is_file():
         return path
     known = available()
-    bare = path.suffix == "" and path.name == text
-    if bare and text.replace("-", "_") in (by_name := {name.replace("-", "_"): file for name, file in known.items()}):
-        return by_name[text.replace("-", "_")]
+    bare = path.suffix not in (".py", ".json") and path.name == text
+    plain = lambda name: name.replace("-", "_").replace(".", "_")  # noqa: E731
+    if bare and plain(text) in (by_name := {plain(name): file for name, file in known.items()}):
+        return by_name[plain(text)]
     what = (
         f"{text} is a folder, not a config file"
         if path.is_dir()

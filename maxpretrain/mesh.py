@@ -196,6 +196,7 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         if len(devices) % fixed:
             raise UserError(
                 f"mesh {asked} = {fixed} does not divide the {len(devices)} devices here; use axes whose product divides {len(devices)}"
+                + (f", or --compute.cpu-devices {fixed}" if devices[0].platform == "cpu" else "")
             )
         sizes[wild[0]] = len(devices) // fixed
     elif fixed != len(devices):

@@ -79,7 +79,7 @@ def _train(options: argparse.Namespace) -> int:
     from maxpretrain.train import train
 
     try:
-        train(run, fresh=options.fresh)
+        train(run, fresh=options.fresh, debug=options.debug)
     except Exception as error:
         log = Path(run.root, run.name, "log.txt").expanduser()
         if not isinstance(error, (UserError, OSError)) and log.parent.is_dir():

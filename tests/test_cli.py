@@ -186,8 +186,8 @@ def test_train(fake, monkeypatch, folder):
     assert cli.main(["train", "tiny", "--data.train", "a", "b", "--fresh", "--steps", "300", "--mesh.data", "-1"]) == 0
     (first, run, plain), (second, changed, fresh) = [(calls[i], *calls[i + 1]) for i in (0, 2)]
     assert (first, second) == (("process", 200), ("process", 300))
-    assert (run.name, run.steps, run.data.train, plain) == ("tiny", 200, ("embedded",), {"fresh": False})
-    assert (changed.steps, changed.data.train, changed.mesh.data, fresh) == (300, ("a", "b"), -1, {"fresh": True})
+    assert (run.name, run.steps, run.data.train, plain) == ("tiny", 200, ("embedded",), {"fresh": False, "debug": False})
+    assert (changed.steps, changed.data.train, changed.mesh.data, fresh) == (300, ("a", "b"), -1, {"fresh": True, "debug": False})
     assert [path.name for path in folder.iterdir()] == ["configs"]
 
 
@@ -365,7 +365,7 @@ def test_a_run_is_found_by_path_or_name(runs, capsys):
             75,
             "stopped at step 7; run the same command to go on",
         ),
-        (KeyboardInterrupt(), 1, "interrupted before anything was saved; run the same command again"),
+        (KeyboardInterrupt(), 1, "interrupted; what was saved stays: run the same command again"),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
             4,
@@ -394,7 +394,7 @@ def test_what_nobody_expected_is_one_sentence_too(fake, capsys):
 
 
 def test_the_traceback_of_a_run_is_kept_in_its_log(fake, capsys, folder):
-    def train(run, fresh):
+    def train(run, fresh, debug=False):
         (folder / "runs" / "tiny").mkdir(parents=True)
         raise RuntimeError("after hours")
 

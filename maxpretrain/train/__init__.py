@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
 
 
 class _Began:
-    """Set once the run has written something worth keeping."""
+    """`yes` is set once the run has written something worth keeping; `check` raises where the directory was taken over."""
 
     yes = False
+
+    def check(self) -> None:
+        """The lock's own, once there is one."""
 
 
 @contextlib.contextmanager
@@ -72,7 +75,8 @@ def _directory(run_dir: Path, fresh: bool) -> Iterator[_Began]:
             print(f"the earlier run is kept as {aside}")
     new = not run_dir.exists()
     try:
-        with RunLock(run_dir):
+        with RunLock(run_dir) as lock:
+            began.check = lock.check
             yield began
     except (UserError, OSError, KeyboardInterrupt):
         if new and not began.yes:
@@ -126,7 +130,7 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
             if restored is not None:
                 _check_identity(restored[1], identity, run_dir)
             began.yes = True
-            _train(setup, run_dir, restored, checkpoints, console, ledger, identity)
+            _train(setup, run_dir, restored, checkpoints, console, ledger, identity, began.check)
         if first:
             with ledger("report"):
                 report = write_report([run_dir])
@@ -145,7 +149,14 @@ def _check_identity(meta: dict[str, Any], now: dict[str, Any], run_dir: Path) ->
 
 
 def _train(
-    setup: Any, run_dir: Path, restored: Any, checkpoints: Any, console: Any, ledger: Any, identity: dict[str, Any]
+    setup: Any,
+    run_dir: Path,
+    restored: Any,
+    checkpoints: Any,
+    console: Any,
+    ledger: Any,
+    identity: dict[str, Any],
+    check_owner: Callable[[], None],
 ) -> None:
     import jax
 
@@ -184,6 +195,7 @@ def _train(
             ledger=ledger,
             seconds_before=meta.get("seconds", 0.0),
             identity=identity,
+            check_owner=check_owner,
         )
         del state, restored
         status = "failed"

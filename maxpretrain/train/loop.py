@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,12 @@ class Trainer:
         ledger: Ledger,
         seconds_before: float,
         identity: dict[str, Any],
+        check_owner: Callable[[], None],
     ):
         self.setup, self.state, self.step, self.start = setup, state, start, start
         self.run, self.run_dir = setup.run, run_dir
         self.sinks, self.checkpoints, self.console, self.ledger = sinks, checkpoints, console, ledger
-        self.identity = identity
+        self.identity, self.check_owner = identity, check_owner
         self.session_start = time.perf_counter() - seconds_before
         self.generator = Generator(setup.model, setup.prepared.tokenizer)
         self.skipped_in_a_row = 0
@@ -243,10 +245,13 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "tokens": self.step * self.run.tokens_per_step,
         }
+        self.check_owner()  # of the run directory: another trainer may have taken it over while this host slept
         with self.ledger("save"):
             blocked = self.checkpoints.save(
                 self.step, self.state, meta, metric=metrics.get("eval/loss") if step == self.step else None, final=final
             )
+        if blocked is None:
+            return
         self.saved = self.step
         self._event("checkpoint", step=self.step, seconds=round(blocked, 4))
         self.console.checkpoint(self.step, blocked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,10 @@ def precheck(run: Run) -> None:
     Raises:
         UserError: as `build`, of all that does not depend on the text or the tokenizer.
     """
+    if run.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            'log.wandb needs the package wandb, which is not installed; pip install "maxpretrain[track]", or leave log.wandb off'
+        )
     layout = make_layout(run.mesh)
     if run.model.vocab_size is None:  # not known yet: any that the mesh divides
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=layout.extent("vocab")))

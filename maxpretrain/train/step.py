@@ -52,6 +52,11 @@ def accumulate(
     return jax.lax.scan(body, sums, jax.tree.map(lambda x: x[1:], parts))[0]
 
 
+def _updates(opt_state: Any) -> jax.Array:
+    """Updates that the optimizer has made: what its schedule goes by."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
 def make_train_step(
     model: Model,
     objective: Objective,
@@ -94,7 +99,8 @@ def make_train_step(
         metrics |= {
             "loss": loss.sum * share,
             "grad_norm": norm,
-            "learning_rate": learning_rate(state["step"]),
+            # The optimizer counts updates, which a skipped step is not.
+            "learning_rate": learning_rate(_updates(state["opt_state"])),
             "predicted": loss.weight,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
