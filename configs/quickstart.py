@@ -37,6 +37,6 @@ config = Run(
     data=DataConfig(train=("embedded",)),
     batch=BatchConfig(size=16, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, schedule=ScheduleConfig(shape="cosine", warmup=40, final=0.02)),
-    evaluation=EvaluationConfig(every=105, prompts=("Return the ", "The list of ")),
+    evaluation=EvaluationConfig(every=140, prompts=("Return the ", "The list of ")),
     checkpoint=CheckpointConfig(every=210),
 )
