@@ -112,8 +112,20 @@ def cpu_device_count(run: Run, cores: int) -> int:
         return fixed if fixed <= cores else 1
     rows = run.batch.size // run.batch.microbatches
     inner = mesh.tensor * mesh.context * mesh.expert * mesh.stage
-    fits = [n for n in range(1, min(cores, 8) + 1) if n % fixed == 0 and rows % (n // inner) == 0]
+    most = min(cores, 8)
+    if mesh.data == -1:  # each holds all parameters, gradients and moments, which half of the memory must hold
+        most = min(most, max(1, (memory_bytes() or 2**40) // 2 // _state_bytes(run)) * fixed)
+    fits = [n for n in range(1, most + 1) if n % fixed == 0 and rows % (n // inner) == 0]
     return max(fits, default=1)
+
+
+def _state_bytes(run: Run) -> int:
+    """About 16 bytes a parameter; counted from the matrices alone, since jax is not to be imported yet."""
+    model = run.model
+    attention = 2 * model.model_dim * (model.num_heads + model.kv_heads) * model.head_width
+    mlp = (3 if model.gated else 2) * model.model_dim * model.mlp_width
+    tables = (model.vocab_size or run.tokenizer.vocab_size) * model.model_dim * (1 if model.tie_embeddings else 2)
+    return 16 * (model.num_layers * (attention + mlp) + tables)
 
 
 def available_cores() -> int:

@@ -186,8 +186,18 @@ def test_train(fake, monkeypatch, folder):
     assert cli.main(["train", "tiny", "--data.train", "a", "b", "--fresh", "--steps", "300", "--mesh.data", "-1"]) == 0
     (first, run, plain), (second, changed, fresh) = [(calls[i], *calls[i + 1]) for i in (0, 2)]
     assert (first, second) == (("process", 200), ("process", 300))
-    assert (run.name, run.steps, run.data.train, plain) == ("tiny", 200, ("embedded",), {"fresh": False, "debug": False})
-    assert (changed.steps, changed.data.train, changed.mesh.data, fresh) == (300, ("a", "b"), -1, {"fresh": True, "debug": False})
+    assert (run.name, run.steps, run.data.train, plain) == (
+        "tiny",
+        200,
+        ("embedded",),
+        {"fresh": False, "debug": False},
+    )
+    assert (changed.steps, changed.data.train, changed.mesh.data, fresh) == (
+        300,
+        ("a", "b"),
+        -1,
+        {"fresh": True, "debug": False},
+    )
     assert [path.name for path in folder.iterdir()] == ["configs"]
 
 

@@ -227,3 +227,16 @@ def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
 
 def test_versions_of_what_is_not_there():
     assert environment.versions(("no-such-package-at-all",)) == {"no-such-package-at-all": None}
+
+
+def test_replicas_of_a_large_model_must_fit_in_memory(monkeypatch):
+    from maxpretrain.config import BatchConfig, ModelConfig, Run
+
+    monkeypatch.setattr(environment, "memory_bytes", lambda: 24 * 2**30)
+    small, large = (
+        ModelConfig(num_layers=2, model_dim=64, num_heads=2),
+        ModelConfig(num_layers=24, model_dim=1024, num_heads=16),
+    )
+    batch = BatchConfig(size=8, length=64)
+    assert environment.cpu_device_count(Run(model=small, batch=batch), 4) == 4
+    assert environment.cpu_device_count(Run(model=large, batch=batch), 4) == 2  # 306 M parameters, 4.9 GB each

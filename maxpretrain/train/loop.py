@@ -145,7 +145,8 @@ class Trainer:
                 if self._due(run.evaluation.every) or self._due(run.checkpoint.every) or self.step == run.steps:
                     self._read(*pending)
                     pending = None
-                    self._evaluate_and_save()
+                    if not interrupt.requested or self.step == run.steps:  # who was told to stop may have seconds left
+                        self._evaluate_and_save()
             if pending is not None:
                 self._read(*pending)
             if interrupt.requested and self.step < run.steps:

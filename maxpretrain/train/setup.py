@@ -109,6 +109,12 @@ def precheck(run: Run) -> None:
         raise UserError(
             'log.wandb needs the package wandb, which is not installed; pip install "maxpretrain[track]", or leave log.wandb off'
         )
+    asked, there = run.compute.cpu_devices, jax.devices()
+    if asked and there[0].platform == "cpu" and len(there) != asked:
+        raise UserError(
+            f"compute.cpu_devices is {asked}, but jax has started with {len(there)} CPU devices; leave the count out of XLA_FLAGS, "
+            "and in Python call mp.train before anything that uses jax"
+        )
     layout = make_layout(run.mesh)
     if run.model.vocab_size is None:  # not known yet: any that the mesh divides
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=layout.extent("vocab")))

@@ -131,6 +131,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
         good, metrics = step(state, batch)
         assert metrics["skipped"] == 0
         after, metrics = step(good, {**batch, "weights": batch["weights"] * np.float32(np.inf)})
+        _, third = step(jax.tree.map(jnp.copy, after), batch)
+    # The optimizer has made one update, so its schedule is where it was: what is logged is what was applied.
+    assert float(metrics["learning_rate"]) == float(third["learning_rate"]) == pytest.approx(0.01)
     assert metrics["skipped"] == 1
     assert not np.isfinite(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, after["params"], good["params"])

@@ -313,14 +313,21 @@ def test_a_text_that_changed_behind_the_config_is_refused(corpus, tmp_path):
          "3 is not divisible by mesh tensor = 2; use 2 or 4"),
         ({"model": ModelConfig(num_layers=1, model_dim=16, num_heads=2, max_length=32, vocab_size=100)}, "model.vocab_size"),
         ({"compute": "cudnn"}, "compute.attention cudnn cannot run here: the device is a cpu; use auto or xla"),
+        ({"compute": "devices"}, "compute.cpu_devices is 4, but jax has started with 8 CPU devices"),
+        ({"log": LogConfig(wandb=True)}, 'pip install "maxpretrain[track]"'),
         ({"data": "missing"}, "missing.txt"),
         ({"data": "short"}, "validation"),
     ],
-    ids=["batch", "heads", "vocabulary", "kernel", "file", "short"],
+    ids=["batch", "heads", "vocabulary", "kernel", "devices", "wandb", "file", "short"],
 )  # fmt: skip
-def test_what_cannot_run_is_refused_before_compilation_and_leaves_nothing(corpus, tmp_path, run, change, message):
+def test_what_cannot_run_is_refused_before_compilation_and_leaves_nothing(
+    corpus, tmp_path, run, change, message, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     if change.get("compute") == "cudnn":
         change = {"compute": dataclasses.replace(run.compute, attention="cudnn")}
+    if change.get("compute") == "devices":
+        change = {"compute": dataclasses.replace(run.compute, cpu_devices=4)}
     if change.get("data") == "missing":
         change = {"data": dataclasses.replace(run.data, train=(str(tmp_path / "missing.txt"),))}
     if change.get("data") == "short":
@@ -356,3 +363,15 @@ def test_no_write_permission_is_one_sentence(run, tmp_path):
     blocked.write_text("")
     with pytest.raises(UserError, match=re.escape(str(blocked))):
         train(run.replace(root=str(blocked)))
+
+
+def test_a_save_that_failed_is_not_reported_as_one(run, monkeypatch):
+    real = Checkpoints.save
+
+    def failing(self, step, *args, final=False, **options):
+        return real(self, step, *args, final=final, **options) if final else None
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    run_dir = train(run.replace(evaluation=EvaluationConfig(every=0, prompts=())))
+    assert [e["step"] for e in read_events(run_dir) if e["event"] == "checkpoint"] == [6]
+    assert Checkpoints(run_dir / "checkpoints").steps() == [6]
