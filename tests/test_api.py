@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -16,11 +17,12 @@ import pytest
 import maxpretrain as mp
 from maxpretrain import configio
 from maxpretrain.checkpoint import Checkpoints
-from maxpretrain.config import BatchConfig, ComputeConfig, DataConfig, ModelConfig, Run, TokenizerConfig
+from maxpretrain.config import BatchConfig, ComputeConfig, DataConfig, MeshConfig, ModelConfig, Run, TokenizerConfig
 from maxpretrain.data.tokenizer import Characters
 from maxpretrain.errors import StorageError, UserError
 from maxpretrain.models import build
 from maxpretrain.nn.base import is_spec
+from maxpretrain.rundir import RunDirectory
 
 TEXT = "a cat sat. a bat sat. that cat sat at a bat, a fat cat. " * 8
 TOKENIZER = Characters(TEXT)
@@ -180,6 +182,22 @@ def test_evaluate_on_the_validation_text_and_on_another(learned, tmp_path):
 
     silent = dataclasses.replace(learned, params=jax.tree.map(jnp.zeros_like, learned.params))
     assert mp.evaluate(silent, short)["loss"] == pytest.approx(math.log(TOKENIZER.vocab_size + 3), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        (MeshConfig(data=2, fsdp=4), {"data": 2, "fsdp": 4, "tensor": 1}),  # as trained
+        (MeshConfig(data=1, fsdp=64), {"data": 1, "fsdp": 8, "tensor": 1}),  # more devices than are here: still cut
+    ],
+)
+def test_evaluate_cuts_the_parameters_as_training_did(learned, tmp_path, mesh, expected):
+    path = tmp_path / "cut"
+    shutil.copytree(learned.directory.path, path)
+    (path / "config.json").write_text(configio.to_json(learned.config.replace(mesh=mesh)))
+    layout = sys.modules["maxpretrain.evaluate"]._layout(RunDirectory.open(path))
+    assert {axis: layout.sizes[axis] for axis in expected} == expected
+    assert mp.evaluate(path)["loss"] == pytest.approx(mp.evaluate(learned)["loss"], rel=1e-5)
 
 
 def test_runs_and_checkpoints_that_are_not_there(learned, tmp_path, monkeypatch):

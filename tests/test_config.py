@@ -23,7 +23,7 @@ def run_with(**changes):
 
 
 def test_the_default_run_is_valid():
-    validate(Run())
+    assert validate(Run()) is None
 
 
 SENTENCES = [
@@ -139,4 +139,4 @@ def test_validate_says(changes, sentence):
     ids=lambda changes: " ".join(changes),
 )
 def test_validate_lets_pass(changes):
-    validate(run_with(**changes))
+    assert validate(run_with(**changes)) is None

@@ -87,8 +87,9 @@ def test_forked_child_does_not_keep_a_killed_trainers_lock(tmp_path):
     time.sleep(0.2)
     process.kill()
     process.wait()
-    with lock(tmp_path, []):
-        pass
+    with lock(tmp_path, []) as held:
+        held.check()
+        assert json.loads(tmp_path.joinpath("lock.json").read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize(("age", "stale"), [(9 * 60, False), (11 * 60, True)])

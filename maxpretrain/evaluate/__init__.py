@@ -21,7 +21,7 @@ Source = str | os.PathLike[str]
 
 
 def evaluate_run(run_dir: Source, data: Source | None = None, step: int | None = None) -> dict[str, Any]:
-    """Measures a checkpoint on the whole of a text, data-parallel over all devices here.
+    """Measures a checkpoint on the whole of a text, over all devices here.
 
     Args:
         run_dir: a run directory, or a run's name under runs/.
@@ -41,7 +41,7 @@ def evaluate_run(run_dir: Source, data: Source | None = None, step: int | None =
     directory = RunDirectory.open(run_dir)
     step = directory.step(step)
     stores = _stores(directory, data, step)
-    layout = _layout()
+    layout = _layout(directory)
     return {"step": step} | _measure(directory, directory.params(step, layout), stores, layout)
 
 
@@ -54,15 +54,24 @@ def evaluate(run: LoadedRun | Source, data: Source | None = None) -> dict[str, A
     from maxpretrain.rundir import abstract_params
 
     stores = _stores(run.directory, data, run.step)
-    layout = _layout()
+    layout = _layout(run.directory)
     places = jax.tree.map(lambda struct: struct.sharding, abstract_params(run.config, layout))
     return {"step": run.step} | _measure(run.directory, jax.device_put(run.params, places), stores, layout)
 
 
-def _layout() -> Layout:
+def _layout(directory: RunDirectory) -> Layout:
+    """The mesh of the run, where it fits the devices here; else all of them by fsdp, so that what fitted there fits here."""
     from maxpretrain.config import MeshConfig
     from maxpretrain.mesh import make_layout
 
+    abstract = directory.model().abstract
+    for mesh in (directory.config.mesh, MeshConfig(data=1, fsdp=-1)):
+        try:
+            layout = make_layout(mesh)
+            layout.check(abstract, layout.extent("batch"))
+        except UserError:  # not as many devices as there, or a width that they do not divide
+            continue
+        return layout
     return make_layout(MeshConfig(data=-1))
 
 

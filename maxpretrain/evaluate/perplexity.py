@@ -23,6 +23,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 # Networks whose loss is −log p of a whole text: exp of it is a perplexity.
 GENERATIVE = ("decoder", "encoder-decoder")
+_AHEAD = 2  # batches that are queued on the devices at most
 
 
 def make_eval_step(model: Model, objective: Objective) -> Callable[[Any, Batch], Sums]:
@@ -70,15 +71,17 @@ class Evaluator:
             jitted = jax.jit(step, out_shardings=self._layout.replicated)
             self._step = jitted.lower(params_abstract, batch).compile()
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Any, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """The means over all batches.
 
         Args:
             params: placed as the layout says.
+            stop: asked between batches; True gives the evaluation up. Over several processes it is not asked: they would
+                part ways.
 
         Returns:
             "eval/loss" in nats per prediction, "eval/bits_per_byte" of the text covered, "eval/perplexity" where the network
-            is generative, and the objective's own metrics as "eval/<name>".
+            is generative, and the objective's own metrics as "eval/<name>"; None where it was given up.
 
         Raises:
             UserError: the batches hold nothing to predict.
@@ -86,7 +89,13 @@ class Evaluator:
         if self._step is None:
             self.compile(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params))
         assert self._step is not None
-        sums = [self._step(params, self._layout.global_batch(batch, self._batch_size)) for batch in iter(self._batches)]
+        sums = []
+        for batch in iter(self._batches):
+            if jax.process_count() == 1 and stop():
+                return None
+            sums.append(self._step(params, self._layout.global_batch(batch, self._batch_size)))
+            if len(sums) > _AHEAD:
+                jax.block_until_ready(sums[-_AHEAD])  # so that `stop` is asked at the pace of the devices
         # One transfer; the sum over batches in Python's float64, where a long text loses no digits.
         return self._means(jax.device_get(sums))
 

@@ -128,7 +128,7 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
             with ledger("recover"):
                 restored = checkpoints.restore_latest(setup.abstract_state, run.checkpoint.resume)
             if restored is not None:
-                _check_identity(restored[1], identity, run_dir)
+                _check_identity(restored[1], identity, run_dir, changes)
             began.yes = True
             _train(setup, run_dir, restored, checkpoints, console, ledger, identity, began.check)
         if first:
@@ -138,13 +138,16 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
     return run_dir
 
 
-def _check_identity(meta: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
-    """The files behind the config may have changed while the config did not."""
+def _check_identity(meta: dict[str, Any], now: dict[str, Any], run_dir: Path, changes: list[str]) -> None:
+    """The files behind the config may have changed while the config did not, or have moved."""
+    from maxpretrain.train import resume
+
+    moved = "".join(f" ({line})" for line in changes if any(f" {place} " in line for place in resume.PLACES))
     for what, name in (("tokenizer", "tokenizer"), ("data", "prepared text")):
         if meta.get(what) != now[what]:
             raise UserError(
-                f"the {name} is not the one that {run_dir} was trained with; restore the files it came from, or give the run "
-                "another --name, or --fresh to start over"
+                f"the {name} is not the one that {run_dir} was trained with{moved}; restore the files it came from, or give the "
+                "run another --name, or --fresh to start over"
             )
 
 

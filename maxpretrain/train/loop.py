@@ -145,8 +145,8 @@ class Trainer:
                 if self._due(run.evaluation.every) or self._due(run.checkpoint.every) or self.step == run.steps:
                     self._read(*pending)
                     pending = None
-                    if not interrupt.requested or self.step == run.steps:  # who was told to stop may have seconds left
-                        self._evaluate_and_save()
+                    if not interrupt.requested or self.step == run.steps:
+                        self._evaluate_and_save(lambda: interrupt.requested)
             if pending is not None:
                 self._read(*pending)
             if interrupt.requested and self.step < run.steps:
@@ -199,12 +199,16 @@ class Trainer:
         else:
             self.console.step(step)
 
-    def _evaluate_and_save(self) -> None:
+    def _evaluate_and_save(self, stop: Callable[[], bool]) -> None:
         paused = self.meter.pause()
         last = self.step == self.run.steps
         if self._due(self.run.evaluation.every) or last:
             try:
-                self.evaluate()
+                if not self.evaluate(stop):
+                    if not last:
+                        return
+                    self._save(final=True)  # who was told to stop may have seconds left
+                    self.evaluate()
             except Diverged:
                 raise
             except Exception:
@@ -214,10 +218,12 @@ class Trainer:
             self._save(final=last)
         self.meter.resume(paused)
 
-    def evaluate(self) -> dict[str, float]:
-        """Validation loss, and samples for the report."""
+    def evaluate(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Validation loss, and samples for the report; False where `stop` ended it early."""
         with self.ledger("evaluate"):
-            metrics = self.setup.evaluator(self.state["params"])
+            metrics = self.setup.evaluator(self.state["params"], stop)
+            if metrics is None:
+                return False
             self.evaluated = (self.step, metrics)
             seconds = round(self.seconds, 3)
             self._write(self.step, {"tokens": self.step * self.run.tokens_per_step, "seconds": seconds} | metrics)
@@ -234,7 +240,7 @@ class Trainer:
                 for prompt, text in zip(config.prompts, texts, strict=True):
                     self._event("sample", step=self.step, prompt=prompt, text=text)
                 self.console.say("sample: " + " ⏎ ".join(f"{config.prompts[0]}{texts[0]}".splitlines()))
-        return metrics
+        return True
 
     def _save(self, *, final: bool) -> None:
         # A final save of a step whose save is still on its way waits for it, and makes up for one that failed.

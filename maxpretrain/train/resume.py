@@ -30,6 +30,8 @@ FIXED = (
     "optimizer.name",
     "optimizer.moment_dtype",
 )
+# Where the text and the tokenizer lie may change: their contents are compared, once they are prepared.
+PLACES = ("data.train", "data.validation", "tokenizer.path")
 
 
 def differences(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
@@ -58,7 +60,8 @@ def check_same_run(old: Run, new: Run, run_dir: Path) -> list[str]:
     fixed = [
         name
         for name in changed
-        if any(name.startswith(f) if f.endswith(".") else name == f or name.startswith(f"{f}_") for f in FIXED)
+        if not (name in PLACES and _moved(*changed[name]))
+        and any(name.startswith(f) if f.endswith(".") else name == f or name.startswith(f"{f}_") for f in FIXED)
     ]
     if fixed:
         name = fixed[0]
@@ -73,6 +76,12 @@ def check_same_run(old: Run, new: Run, run_dir: Path) -> list[str]:
         for name, (a, b) in changed.items()
         if name not in ignored
     ]
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether the same names are in other folders. Other names are refused without reading what may be terabytes."""
+    names = [[Path(p).name for p in ([places] if isinstance(places, str) else places or ())] for places in (old, new)]
+    return names[0] == names[1]
 
 
 def set_aside(run_dir: Path) -> Path | None:

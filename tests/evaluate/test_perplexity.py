@@ -117,6 +117,21 @@ def test_batch_size_and_mesh_do_not_matter(store, params, batch_size, devices):
         assert other[name] == pytest.approx(one[name], rel=1e-6)
 
 
+def test_a_signal_gives_up_between_batches(store, params):
+    asked = []
+
+    def stop():
+        asked.append(True)
+        return len(asked) > 1
+
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    batches = EvaluationBatches([store], CLM(), batch_size=1, length=8)
+    assert len(list(batches)) > 2
+    evaluator = Evaluator(build(CONFIG), CLM(), layout, batches, 1)
+    assert evaluator(params, stop) is None
+    assert len(asked) == 2
+
+
 def test_bits_per_byte():
     assert bits_per_byte(2.772588722239781, 10, 20) == pytest.approx(2.0)  # 4 bits a token, two bytes a token
     assert bits_per_byte(math.log(2), 7, 7) == pytest.approx(1.0)

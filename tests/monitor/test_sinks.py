@@ -214,4 +214,6 @@ def test_wandb_resumes_the_same_run(tmp_path, monkeypatch):
 
 def test_wandb_is_not_imported_unasked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    Sinks(tmp_path, QUIET).close()
+    with Sinks(tmp_path, QUIET) as sinks:
+        sinks.write(1, {"train/loss": 2.0})
+    assert '"train/loss":2.0' in (tmp_path / "metrics.jsonl").read_text().replace(" ", "")

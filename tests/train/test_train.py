@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -27,7 +28,7 @@ from maxpretrain.config import (
     ScheduleConfig,
     TokenizerConfig,
 )
-from maxpretrain.errors import Diverged, UserError
+from maxpretrain.errors import Diverged, Stopped, UserError
 from maxpretrain.monitor.sinks import read_events, read_metrics
 from maxpretrain.train import train
 
@@ -300,9 +301,22 @@ def test_a_text_that_changed_behind_the_config_is_refused(corpus, tmp_path):
     run = tiny(corpus, tmp_path, steps=2, evaluation=EvaluationConfig(every=0, prompts=()))
     run = run.replace(data=dataclasses.replace(run.data, train=(str(own),)))
     train(run)
-    own.write_text(text(41))
+    # Elsewhere, with the same content, it is the same text.
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "own.txt"
+    own.rename(moved)
+    elsewhere = run.replace(data=dataclasses.replace(run.data, train=(str(moved),)), steps=3)
+    assert len(curve(train(elsewhere))) == 3
+    moved.write_text(text(41))
     with pytest.raises(UserError, match="the prepared text is not the one that"):
-        train(run.replace(steps=3))
+        train(elsewhere.replace(steps=4))
+    own.write_text(text(42))
+    with pytest.raises(
+        UserError, match=r"the prepared text is not the one .* \(changed since .* data\.train .*own\.txt"
+    ):
+        train(run.replace(steps=4))
+    with pytest.raises(UserError, match=r"holds a run with data\.train"):  # another name: refused without reading it
+        train(run.replace(data=dataclasses.replace(run.data, train=(str(tmp_path / "other.txt"),))))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +370,35 @@ def test_a_learning_rate_that_diverges_ends_the_run_with_a_diagnosis_and_saves_n
     assert Checkpoints(run_dir / "checkpoints").steps() == []
     assert read_events(run_dir)[-1]["status"] == "diverged"
     assert "is not finite" in (run_dir / "log.txt").read_text()
+
+
+def test_a_signal_during_an_evaluation_saves_first(run, monkeypatch):
+    from maxpretrain.evaluate.perplexity import Evaluator
+    from maxpretrain.train import loop
+
+    order, real = [], Evaluator.__call__
+
+    def evaluate(self, params, stop=lambda: False):
+        os.kill(os.getpid(), signal.SIGTERM) if not order else None
+        while not stop() and not order:
+            time.sleep(0.01)
+        order.append("given up" if stop() else "evaluated")
+        return real(self, params, stop)
+
+    def save(self, *, final):
+        order.append(f"saved {self.step}")
+        return saving(self, final=final)
+
+    saving = loop.Trainer._save
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    monkeypatch.setattr(loop.Trainer, "_save", save)
+    with pytest.raises(Stopped, match="stopped at step 3 of 6"):
+        train(run)
+    assert order == ["given up", "saved 3"]
+    order.clear()
+    run_dir = train(run.replace(steps=6))  # the signal comes in the last evaluation: the run is saved, then evaluated
+    assert order == ["given up", "saved 6", "evaluated", "saved 6"]
+    assert [m["step"] for m in read_metrics(run_dir) if "eval/loss" in m] == [6]
 
 
 def test_no_write_permission_is_one_sentence(run, tmp_path):
