@@ -29,7 +29,9 @@ config = Run(
         max_length=256,
         position="rope",
         norm="rmsnorm",
-        activation="gelu_tanh",
+        activation="silu",
+        gated=True,
+        mlp_dim=512,
         bias=False,
         init_std=0.05,  # a model this narrow learns faster from larger weights than the usual 0.02
     ),

@@ -11,50 +11,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from maxpretrain.errors import UserError
+from maxpretrain.modelconfig import LatentConfig as LatentConfig
+from maxpretrain.modelconfig import ModelConfig, require, validate_model
+from maxpretrain.modelconfig import MoEConfig as MoEConfig
+from maxpretrain.modelconfig import RelativeConfig as RelativeConfig
+from maxpretrain.modelconfig import RopeConfig as RopeConfig
 from maxpretrain.objectives.base import Objective
 from maxpretrain.objectives.clm import CLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A network's shape. Presets by published size are in `maxpretrain.models.families`."""
-
-    architecture: Literal["decoder"] = "decoder"  # the network: a causal decoder
-    vocab_size: int | None = None  # rows of the embedding; None: as many as the tokenizer has
-    num_layers: int = 12  # transformer blocks
-    model_dim: int = 768  # width of the residual stream
-    num_heads: int = 12  # query heads
-    num_kv_heads: int | None = None  # key-value heads; None: as many as query heads; 1: multi-query
-    head_dim: int | None = None  # width of a head; None: model_dim / num_heads
-    mlp_dim: int | None = None  # hidden width of the MLP; None: 4 × model_dim
-    max_length: int = 1024  # longest sequence: rows of a learned position table
-    position: Literal["learned", "rope", "sinusoidal", "none"] = "learned"  # how positions enter
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # kind of normalization
-    norm_eps: float = 1e-5  # added to the variance
-    norm_placement: Literal["pre", "post"] = "pre"  # before each sublayer, or after each residual sum
-    activation: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "silu"] = "gelu_tanh"  # "gelu" is the erf form
-    gated: bool = False  # MLP of act(x·gate)·(x·up): SwiGLU with silu, GeGLU with gelu
-    bias: bool = True  # biases in linear layers and LayerNorm
-    qkv_bias: bool | None = None  # biases of the query, key and value projections; None: as `bias`
-    tie_embeddings: bool = True  # unembed with the embedding table
-    dropout: float = 0.0  # rate on embeddings, attention weights and residual branches
-    init: Literal["normal", "truncated_normal", "xavier_uniform", "he_normal"] = "normal"  # of weight matrices
-    init_std: float = 0.02  # standard deviation of (truncated) normal initialization, and of embeddings
-    depth_scaled_init: bool = True  # residual output projections scaled by 1/√(2·num_layers), as in GPT-2
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.model_dim // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def mlp_width(self) -> int:
-        return 4 * self.model_dim if self.mlp_dim is None else self.mlp_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +159,7 @@ class Run:
     name: str = "run"  # the run directory is root/name
     root: str = "runs"  # where run directories are
     seed: int = 0  # of initialization, data order and dropout
+    init_from: str = ""  # a run or Hugging Face directory to go on from, or a preset's name for its shape
     steps: int = 1000  # optimizer steps
     model: ModelConfig = ModelConfig()
     objective: Objective = field(default_factory=CLM)
@@ -218,63 +182,29 @@ class Run:
         return dataclasses.replace(self, **changes)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _validate_model(model: ModelConfig, length: int) -> None:
-    for name in ("num_layers", "model_dim", "num_heads", "kv_heads", "head_width", "mlp_width", "max_length"):
-        _require(getattr(model, name) >= 1, f"model.{name} is {getattr(model, name)}; it must be at least 1")
-    heads, width, kv = model.num_heads, model.model_dim, model.kv_heads
-    if model.head_dim is None:
-        _require(
-            width % heads == 0,
-            f"model.model_dim {width} is not divisible by model.num_heads {heads}; use {width // heads * heads or heads}"
-            f" or {(width // heads + 1) * heads}, or set model.head_dim",
-        )
-    _require(
-        heads % kv == 0,
-        f"model.num_heads {heads} is not divisible by model.num_kv_heads {kv}; use "
-        + " or ".join(str(n) for n in range(1, heads + 1) if heads % n == 0),
-    )
-    if model.position == "rope":
-        _require(
-            model.head_width % 2 == 0, f"rotary positions need an even head width; model.head_dim is {model.head_width}"
-        )
-    if model.position in ("learned", "sinusoidal"):
-        _require(
-            length <= model.max_length,
-            f"batch.length {length} is longer than model.max_length {model.max_length}; raise model.max_length or shorten batch.length",
-        )
-    _require(0.0 <= model.dropout < 1.0, f"model.dropout is {model.dropout}; it must be in [0, 1)")
-    if model.vocab_size is not None:
-        _require(model.vocab_size >= 2, f"model.vocab_size is {model.vocab_size}; it must be at least 2")
-
-
 def _validate_schedule(schedule: ScheduleConfig, total: int) -> None:
-    _require(
+    require(
         0 <= schedule.warmup <= total,
         f"optimizer.schedule.warmup is {schedule.warmup} {schedule.unit}, but the whole run has {total}; shorten the warmup or lengthen the run",
     )
-    _require(
+    require(
         schedule.final >= 0, f"optimizer.schedule.final is {schedule.final}; it is a factor of the peak, at least 0"
     )
     if schedule.decay is not None:
-        _require(
+        require(
             0 < schedule.decay <= total - schedule.warmup,
             f"optimizer.schedule.decay is {schedule.decay}; after the warmup of {schedule.warmup} only {total - schedule.warmup} {schedule.unit} remain",
         )
-    _require(
+    require(
         tuple(sorted(set(schedule.boundaries))) == schedule.boundaries,
         f"optimizer.schedule.boundaries {schedule.boundaries} must rise strictly",
     )
     if schedule.shape == "step":
-        _require(bool(schedule.boundaries), 'optimizer.schedule.shape "step" needs optimizer.schedule.boundaries')
+        require(bool(schedule.boundaries), 'optimizer.schedule.shape "step" needs optimizer.schedule.boundaries')
     if schedule.shape == "exponential":
-        _require(schedule.rate > 0, f"optimizer.schedule.rate is {schedule.rate}; it must be above 0")
+        require(schedule.rate > 0, f"optimizer.schedule.rate is {schedule.rate}; it must be above 0")
     if schedule.cycle is not None:
-        _require(schedule.cycle > 0, f"optimizer.schedule.cycle is {schedule.cycle}; it must be above 0")
+        require(schedule.cycle > 0, f"optimizer.schedule.cycle is {schedule.cycle}; it must be above 0")
 
 
 def validate(run: Run) -> None:
@@ -283,53 +213,48 @@ def validate(run: Run) -> None:
     Raises:
         UserError: one sentence that names the field, its value and what would do.
     """
-    _require(run.steps >= 1, f"steps is {run.steps}; it must be at least 1")
-    _require(0 <= run.seed < 2**32, f"seed is {run.seed}; it must be in [0, 2**32)")
+    require(run.steps >= 1, f"steps is {run.steps}; it must be at least 1")
+    require(0 <= run.seed < 2**32, f"seed is {run.seed}; it must be in [0, 2**32)")
     name_ok = run.name not in ("", ".", "..") and not any(c in run.name for c in "/\\\0")
-    _require(name_ok, f'name "{run.name}" is not a folder name; use letters, digits, "-" and "_"')
+    require(name_ok, f'name "{run.name}" is not a folder name; use letters, digits, "-" and "_"')
     batch = run.batch
     for part in ("size", "length", "microbatches"):
-        _require(getattr(batch, part) >= 1, f"batch.{part} is {getattr(batch, part)}; it must be at least 1")
-    _require(
+        require(getattr(batch, part) >= 1, f"batch.{part} is {getattr(batch, part)}; it must be at least 1")
+    require(
         batch.size % batch.microbatches == 0,
         f"batch.size {batch.size} is not divisible by batch.microbatches {batch.microbatches}; use batch.size "
         f"{-(-batch.size // batch.microbatches) * batch.microbatches}",
     )
-    _validate_model(run.model, batch.length)
+    validate_model(run.model, batch.length)
     total = run.steps * (run.tokens_per_step if run.optimizer.schedule.unit == "tokens" else 1)
     _validate_schedule(run.optimizer.schedule, total)
     opt = run.optimizer
     for part, value in (
         ("optimizer.peak_lr", opt.peak_lr),
         ("optimizer.eps", opt.eps),
-        ("model.norm_eps", run.model.norm_eps),
-        ("model.init_std", run.model.init_std),
-        ("model.rope_theta", run.model.rope_theta),
     ):
-        _require(value > 0, f"{part} is {value}; it must be above 0")
+        require(value > 0, f"{part} is {value}; it must be above 0")
     for part in ("b1", "b2"):
-        _require(0 <= getattr(opt, part) < 1, f"optimizer.{part} is {getattr(opt, part)}; it must be in [0, 1)")
+        require(0 <= getattr(opt, part) < 1, f"optimizer.{part} is {getattr(opt, part)}; it must be in [0, 1)")
     for part in ("clip_norm", "clip_value"):
         value = getattr(opt, part)
-        _require(
-            value is None or value > 0, f"optimizer.{part} is {value}; it must be above 0, or None for no clipping"
-        )
-    _require(opt.weight_decay >= 0, f"optimizer.weight_decay is {opt.weight_decay}; it must be at least 0")
+        require(value is None or value > 0, f"optimizer.{part} is {value}; it must be above 0, or None for no clipping")
+    require(opt.weight_decay >= 0, f"optimizer.weight_decay is {opt.weight_decay}; it must be at least 0")
     data = run.data
-    _require(bool(data.train), "data.train names no source; give a path, or `embedded`")
-    _require(
+    require(bool(data.train), "data.train names no source; give a path, or `embedded`")
+    require(
         not data.weights or len(data.weights) == len(data.train),
         f"data.weights has {len(data.weights)} numbers for {len(data.train)} sources in data.train; give one each",
     )
-    _require(
+    require(
         all(w > 0 for w in data.weights), f"data.weights {data.weights} must all be above 0; leave a source out instead"
     )
     if not data.validation:
-        _require(
+        require(
             0 < data.validation_fraction < 1,
             f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1, or name data.validation sources",
         )
-    _require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
+    require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
     for part, value in (
         ("evaluation.every", run.evaluation.every),
         ("evaluation.batches", run.evaluation.batches),
@@ -340,15 +265,15 @@ def validate(run: Run) -> None:
         ("compute.cpu_devices", run.compute.cpu_devices),
         ("data.workers", data.workers),
     ):
-        _require(value >= 0, f"{part} is {value}; it must be at least 0")
+        require(value >= 0, f"{part} is {value}; it must be at least 0")
     for part, value in (
         ("log.every", run.log.every),
         ("checkpoint.keep", run.checkpoint.keep),
         ("data.prefetch", data.prefetch),
     ):
-        _require(value >= 1, f"{part} is {value}; it must be at least 1")
+        require(value >= 1, f"{part} is {value}; it must be at least 1")
     axes = dataclasses.asdict(run.mesh)
-    _require(
+    require(
         all(n >= 1 or n == -1 for n in axes.values()) and list(axes.values()).count(-1) <= 1,
         f"mesh {axes} must hold numbers of at least 1, and -1 at most once",
     )

@@ -20,6 +20,8 @@ REQUIRED += (
     "pyarrow",
     "zstandard",
     "safetensors",
+    "ml-dtypes",
+    "protobuf",
     "numpy",
     "tyro",
     "rich",
@@ -29,9 +31,12 @@ REQUIRED += (
 EXTRAS = {
     "tpu": ("libtpu",),
     "cuda": ("jax-cuda13-plugin",),
-    "track": ("wandb",),
+    "eval": ("lm-eval",),
+    "track": ("wandb", "trackio"),
+    "kernels": ("tokamax",),
+    "quant": ("qwix",),
     "parity": ("torch", "transformers"),
-    "test": ("pytest", "ruff"),
+    "test": ("pytest", "pytest-xdist", "ruff"),
 }
 BROKEN_PAIRS = {("0.11.1", "0.12.8"), ("0.11.2", "0.12.9")}  # (jax, flax) whose flax.nnx fails on import
 

@@ -121,11 +121,14 @@ def cpu_device_count(run: Run, cores: int) -> int:
 
 def _state_bytes(run: Run) -> int:
     """About 16 bytes a parameter; counted from the matrices alone, since jax is not to be imported yet."""
+    from maxpretrain import modelsize
+
     model = run.model
-    attention = 2 * model.model_dim * (model.num_heads + model.kv_heads) * model.head_width
-    mlp = (3 if model.gated else 2) * model.model_dim * model.mlp_width
-    tables = (model.vocab_size or run.tokenizer.vocab_size) * model.model_dim * (1 if model.tie_embeddings else 2)
-    return 16 * (model.num_layers * (attention + mlp) + tables)
+    table = (model.vocab_size or run.tokenizer.vocab_size) * model.embed_width
+    matrices = modelsize.stack_matrices(model, active=False) + table * (1 if model.tie_embeddings else 2)
+    if model.architecture == "encoder-decoder":
+        matrices += modelsize.stack_matrices(model, active=False, decoder=True)
+    return 16 * matrices
 
 
 def available_cores() -> int:

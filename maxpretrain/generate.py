@@ -1,4 +1,4 @@
-"""Continuation of texts by a decoder, with a cache of keys and values."""
+"""Continuation of texts by a decoder, and answers to them by an encoder-decoder, with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class _Programs:
     """What is compiled: an empty state, a chunk of tokens one by one, a piece of long prompts at once.
 
     The state of B rows: `cache`; `token` [B], the newest; `position` [B], where it will stand; `number` [B], new tokens so
-    far; `done` [B], ended. A row whose position lies beyond the cache stands still until it is restarted.
+    far; `done` [B], ended. A row whose position lies beyond the cache stands still until it is restarted. Of an
+    encoder-decoder also `memory_segments` [B, S], and in the cache what the decoder looks at in each prompt.
     """
 
     def __init__(self, model: Model, vocab_size: int, eos_id: int | None, place: NamedSharding | None):
@@ -41,6 +42,7 @@ class _Programs:
         # state would come out placed differently than it went in, and the next call would compile again.
         jit = functools.partial(jax.jit, out_shardings=place)
         self.empty = jit(self._empty, static_argnums=(0, 1))
+        self.encode = jit(self._encode, donate_argnames="state")
         self.chunk = jit(self._chunk, static_argnames="mode", donate_argnames="state")
         self.prefill = jit(self._prefill, static_argnames="mode", donate_argnames="state")
 
@@ -48,6 +50,17 @@ class _Programs:
         numbers = {name: jnp.zeros((rows,), jnp.int32) for name in ("token", "position", "number")}
         cache = self._model.empty_cache(rows, capacity)
         return numbers | {"cache": cache, "done": jnp.zeros((rows,), jnp.bool_)}
+
+    def _encode(self, params: Any, state: State, tokens: jax.Array, segments: jax.Array) -> State:
+        """The state with what an encoder-decoder's decoder is to know of prompts int32 [B, S], 0 in `segments` where padded."""
+        memory = self._model.remember(params, self._model.encode(params, tokens, segments))
+        return state | {"cache": state["cache"] | memory, "memory_segments": segments}
+
+    def _decode(self, params: Any, state: State, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+        cache = state["cache"]
+        hidden, new = self._model.decode(params, tokens, positions, cache, state.get("memory_segments"))
+        # What is known of the prompt stays where it is: out of the loop over layers it would come as a copy.
+        return hidden, new | {name: kept for name, kept in cache.items() if name.startswith("memory_")}
 
     def _next(self, params: Any, hidden: jax.Array, state: State, sampling: Sampling, mode: str) -> jax.Array:
         """[B, D] -> the token after each; never one beyond the tokenizer's ids, which a padded embedding has too."""
@@ -99,7 +112,7 @@ class _Programs:
         def body(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
             i, state, out = carry
             at, moves = state["position"], active(state)
-            hidden, cache = self._model.decode(params, state["token"][:, None], at[:, None], state["cache"])
+            hidden, cache = self._decode(params, state, state["token"][:, None], at[:, None])
             token = self._next(params, hidden[:, 0], state, sampling, mode)
             known = given[:, i + 1]
             forced = known != NOTHING
@@ -135,7 +148,7 @@ class _Programs:
         size = tokens.shape[1]
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape)
         # Padding is written to slots that come later, where no query looks before a real token replaces it.
-        hidden, cache = self._model.decode(params, tokens, positions, state["cache"])
+        hidden, cache = self._decode(params, state, tokens, positions)
         mine = (lengths > 0)[None, :, None, None, None]
         state = state | {"cache": jax.tree.map(lambda new, old: jnp.where(mine, new, old), cache, state["cache"])}
         ends = jnp.logical_and(lengths > start, lengths <= start + size)
@@ -146,10 +159,21 @@ class _Programs:
 
 
 class _Row:
-    """One prompt and what becomes of it. The cache holds `ids[start:]`, but for the newest."""
+    """One prompt and what becomes of it. The cache holds `ids[start:]`, but for the newest.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str):
-        self.ids: list[int] = tokenizer.encode(prompt).tolist()
+    Args:
+        start_id: what the decoder of an encoder-decoder begins with; None: the network continues the prompt itself.
+
+    Attributes:
+        source: what the encoder reads; the prompt and eos.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, start_id: int | None = None):
+        ids: list[int] = tokenizer.encode(prompt).tolist()
+        self.source: list[int] = []
+        if start_id is not None:
+            self.source, ids = (ids if tokenizer.eos_id is None else [*ids, tokenizer.eos_id]), []
+        self.ids = ids
         self.start = self.number = 0
         self.finished = False
         self.parts: list[str] = []
@@ -158,8 +182,9 @@ class _Row:
         for i in self.ids:  # some tokenizers treat the beginning of a text differently from its middle
             self._push(i)
         if not self.ids:
-            first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-            if first is None:
+            own = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+            first = own if start_id is None else start_id
+            if first is None or (start_id is not None and not self.source):
                 raise UserError(
                     f"the prompt is empty, and a {tokenizer.kind} tokenizer without bos and eos has nothing to begin with; "
                     "give at least one character"
@@ -206,9 +231,15 @@ class _Batch:
     mode: str
     sampling: Sampling
     stream: Stream | None
+    source_length: int  # of prompts with padding, for the encoder; 0: there is none
 
     def run(self) -> list[str]:
         self._state = self.programs.empty(len(self.rows), self.capacity)
+        if self.source_length:
+            tokens, segments = np.zeros((2, len(self.rows), self.source_length), np.int32)
+            for index, row in enumerate(self.rows):
+                tokens[index, : len(row.source)], segments[index, : len(row.source)] = row.source, 1
+            self._state = self.programs.encode(self.params, self._state, tokens, segments)
         count = 1 if self.stream else CHUNK
         while not all(row.finished for row in self.rows):
             starting = self._starting()
@@ -243,7 +274,7 @@ class _Batch:
         self._take(out)
 
     def _prefill(self, starting: dict[int, list[int]], longest: int) -> None:
-        piece = min(_bucket(longest), PIECE, self.capacity)
+        piece = min(bucket(longest), PIECE, self.capacity)
         lengths = np.zeros(len(self.rows), np.int32)
         tokens = np.zeros((len(self.rows), -(-longest // piece) * piece), np.int32)
         for index, context in starting.items():
@@ -273,10 +304,11 @@ class _Batch:
 
 
 class Generator:
-    """Continues texts; keeps what it compiled for the next call.
+    """Continues texts, or answers them; keeps what it compiled for the next call.
 
     Args:
-        model: a decoder; how it is run here (one loop over layers, which compiles fastest) is chosen apart from how it is trained.
+        model: a decoder, which continues a prompt; or an encoder-decoder, whose encoder reads it, with eos at its end where
+            the tokenizer has one, and whose decoder begins with `config.decoder_start_id`. How it is run here (one loop over layers, which compiles fastest) is chosen apart from how it is trained.
         tokenizer: the one it was trained with.
 
     Raises:
@@ -305,7 +337,7 @@ class Generator:
         seed: int = 0,
         stream: Stream | None = None,
     ) -> list[str]:
-        """Continuations, without their prompts, each as it would be alone.
+        """Continuations, without their prompts, or answers; each as it would be alone.
 
         Where positions are a table, a text that outgrows it goes on from the last half of the window.
 
@@ -320,14 +352,16 @@ class Generator:
             stream: called with (index of the prompt, text) as text arrives, in whole characters.
 
         Raises:
-            UserError: a setting is out of range, or a prompt is empty and the tokenizer has neither bos nor eos.
+            UserError: a setting is out of range, a prompt is empty and the tokenizer has neither bos nor eos, a prompt is longer than
+                the positions of an encoder, or the network generates nothing: it is an encoder, or lacks a head or a start.
             Diverged: the logits are not finite.
         """
         tokenizer = self._tokenizer
         mode, sampling = settings(tokenizer.vocab_size, temperature, top_k, top_p, seed)
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
-        rows = [_Row(tokenizer, prompt) for prompt in prompts]
+        self._check_network()
+        rows = [_Row(tokenizer, prompt, self._start_id) for prompt in prompts]
         if not rows or max_new_tokens == 0:
             return [""] * len(rows)
         batch = _Batch(
@@ -340,13 +374,46 @@ class Generator:
             mode=mode,
             sampling=sampling,
             stream=stream,
+            source_length=self._source_length(rows),
         )
         return batch.run()
 
-    def _capacity(self, needed: int) -> int:
+    @property
+    def _start_id(self) -> int | None:
         config = self._model.config
-        bounded = config.position in ("learned", "sinusoidal")  # not trained beyond; rotary positions do not end
-        return min(_bucket(needed), config.max_length) if bounded else _bucket(needed)
+        return config.decoder_start_id if config.architecture == "encoder-decoder" else None
+
+    def _check_network(self) -> None:
+        config = self._model.config
+        if config.architecture == "encoder":
+            raise UserError(
+                "an encoder does not continue texts; give it one with masks to fill, by maxpretrain.fill.FillMask"
+            )
+        if "lm" not in config.heads:
+            raise UserError(
+                f'model.heads are {", ".join(config.heads) or "none"}; without "lm" there is nothing to generate with'
+            )
+        if config.architecture == "encoder-decoder" and config.decoder_start_id is None:
+            raise UserError(
+                "model.decoder_start_id is None; set it to the id that the decoder was trained to begin with"
+            )
+
+    def _source_length(self, rows: Sequence[_Row]) -> int:
+        """Of prompts with padding, for the encoder; 0: there is none."""
+        for index, row in enumerate(rows):
+            if self._bounded and len(row.source) > self._model.config.max_length:
+                raise UserError(
+                    f"prompt {index} has {len(row.source)} tokens, and the encoder positions for {self._model.config.max_length}; shorten it"
+                )
+        return 0 if self._start_id is None else self._capacity(max(len(row.source) for row in rows))
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether positions end: of tables, and where they were not trained beyond; rotary ones do not."""
+        return self._model.config.has_position_table or self._model.config.position == "sinusoidal"
+
+    def _capacity(self, needed: int) -> int:
+        return min(bucket(needed), self._model.config.max_length) if self._bounded else bucket(needed)
 
     def _programs_for(self, params: Any) -> _Programs:
         placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -357,7 +424,7 @@ class Generator:
         return self._programs[place]
 
 
-def _bucket(size: int) -> int:
+def bucket(size: int) -> int:
     """`size` rounded up, so that few lengths are compiled: powers of two from 16, above 1024 its multiples."""
     return -(-size // 1024) * 1024 if size > 1024 else max(16, 1 << (size - 1).bit_length())
 
@@ -374,7 +441,7 @@ def generate_run(
     step: int | None = None,
     stream: Stream | None = None,
 ) -> list[str]:
-    """Continuations by the model of a run directory; see `Generator`.
+    """Continuations by the model of a run directory; see `LoadedRun.generate`.
 
     Args:
         step: of the checkpoint; None: the last one.

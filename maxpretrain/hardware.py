@@ -90,6 +90,12 @@ def cudnn_obstacle(model: ModelConfig, dtype: str, device: jax.Device) -> str:
         return (
             f"cuDNN attention needs a head width that is a multiple of 8 up to 128, and this one is {model.head_width}"
         )
+    if model.latent.kv_rank:
+        return "latent attention has values of another width than keys"
+    if model.attention_softcap is not None:
+        return "a soft cap of the scores is done by XLA"
+    if model.position in ("alibi", "t5", "disentangled"):
+        return f"{model.position} positions add to the scores, which is done by XLA"
     if model.dropout:
         return "attention dropout is done by XLA"
     return ""

@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")  # outermost (sl
 # Logical axis -> the mesh axes that shard it. () is never sharded.
 RULES: Mapping[str, tuple[str, ...]] = {
     # of activations and batches
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),  # outside the experts, devices that hold different ones share the work
     "length": (),
     # of both
     "vocab": ("tensor",),
@@ -30,8 +30,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     # of parameters
     "embed": ("fsdp",),
+    "expert": ("expert",),
     "width": (),  # vectors of model width: norms, output biases
     "head_dim": (),
+    "latent": (),  # of latent attention
+    "embedded": (),  # width of an embedding narrower than the model
     "position": (),
     "layers": (),
 }
@@ -44,6 +47,7 @@ _FIELDS = {
     "heads": "model.num_heads",
     "kv_heads": "model.num_kv_heads",
     "embed": "model.model_dim",
+    "expert": "model.moe.num_experts",
 }
 
 
@@ -155,7 +159,8 @@ class Layout:
         """
         self._divides("batch", batch_size, batch_size // microbatches, microbatches)
         leaves = jax.tree.leaves(abstract, is_leaf=lambda x: hasattr(x, "axes"))
-        cut = set(self._mesh_axes("batch"))
+        # The batch goes over this axis too, but without experts that is what `data` is for.
+        cut = set(self._mesh_axes("batch")) - set(self._mesh_axes("expert"))
         for leaf in leaves:
             for axis, size in zip(leaf.axes, leaf.shape, strict=True):
                 cut.update(self._mesh_axes(axis))
@@ -242,3 +247,54 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if layout is None or layout.num_devices == 1:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(axes, x.ndim))
+
+
+def per_device(
+    f: Callable[..., jax.Array], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
+) -> Any:
+    """`f` run by every device on its own parts of the arrays; `f` itself on one device or outside `use`.
+
+    Inside `f`, the functions below move data between devices; where the layout cuts nothing they do nothing.
+
+    Args:
+        f: (array, …) -> array, of the parts that one device holds.
+        in_axes: logical axes of each argument, which is brought to that placement first. A gradient is summed over the
+            devices that hold the same part.
+        out_axes: logical axes of the result.
+    """
+    layout = _current.get()
+    if layout is None or layout.num_devices == 1:
+        return f
+    specs = tuple(layout.spec(axes) for axes in in_axes)
+    # Unchecked: what a loop carries, and what a function with a gradient of its own returns, is not typed by device.
+    return jax.shard_map(f, mesh=layout.mesh, in_specs=specs, out_specs=layout.spec(out_axes), check_vma=False)
+
+
+def _cut(logical: str) -> tuple[str, ...]:
+    """The mesh axes that cut a logical axis in the layout in use."""
+    layout = _current.get()
+    return () if layout is None else tuple(a for a in layout._mesh_axes(logical) if layout.mesh.shape[a] > 1)
+
+
+def part(logical: str) -> jax.Array | int:
+    """In `per_device`: the number of this device's part of a logical axis."""
+    names = _cut(logical)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def gather(x: jax.Array, logical: str, axis: int) -> jax.Array:
+    """In `per_device`: the parts of all devices along a logical axis, joined at `axis`."""
+    names = _cut(logical)
+    return jax.lax.all_gather(x, names, axis=axis, tiled=True) if names else x
+
+
+def scatter_sum(x: jax.Array, logical: str, axis: int) -> jax.Array:
+    """In `per_device`: this device's part, along `axis`, of the sum over the devices along a logical axis."""
+    names = _cut(logical)
+    return jax.lax.psum_scatter(x, names, scatter_dimension=axis, tiled=True) if names else x
+
+
+def exchange(x: jax.Array, logical: str, split: int, join: int) -> jax.Array:
+    """In `per_device`: part n along `split` goes to device n of a logical axis, and what arrives is joined at `join`."""
+    names = _cut(logical)
+    return jax.lax.all_to_all(x, names, split, join, tiled=True) if names else x

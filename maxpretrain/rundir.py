@@ -22,6 +22,15 @@ if TYPE_CHECKING:  # pragma: no cover
     from maxpretrain.models import Model
 
 
+def is_published(path: Path) -> bool:
+    """Whether a directory is in Hugging Face's layout."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False  # whoever reads it as ours will say what is wrong
+    return isinstance(config, dict) and "model_type" in config
+
+
 def find_run(name: str | os.PathLike[str]) -> Path:
     """The run directory that RUN means: a path, or a name under runs/.
 
@@ -60,20 +69,26 @@ class RunDirectory:
         """Reads the config.
 
         Args:
-            path: a run directory, or a run's name under runs/.
+            path: a run directory, a run's name under runs/, or a Hugging Face directory.
 
         Raises:
             UserError: it is no run directory.
         """
-        _refuse_hugging_face(Path(path).expanduser())
+        if is_published(Path(path).expanduser()):
+            from maxpretrain.convert.published import open_published
+
+            return open_published(Path(path).expanduser())
         found = find_run(path)
         return cls(found, configio.read_saved(found))
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """As it was trained with."""
+    def tokenizer(self) -> Tokenizer | None:
+        """As it was trained with; None of a network that was imported without one."""
         from maxpretrain.data.tokenizer import load_tokenizer
 
+        given = self.config.tokenizer
+        if given.kind == "huggingface" and not given.path and not (self.path / "tokenizer").exists():
+            return None
         return load_tokenizer(self.path / "tokenizer")
 
     def step(self, step: int | None = None) -> int:
@@ -156,15 +171,3 @@ def abstract_params(config: Run, layout: Layout | None = None) -> dict[str, Any]
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place)
 
     return jax.tree.map(struct, models.build(config.model).abstract, is_leaf=is_spec)
-
-
-def _refuse_hugging_face(path: Path) -> None:
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        config = None  # whoever reads it as ours will say what is wrong
-    config = config if isinstance(config, dict) else {}
-    if "model_type" in config or ("objective" not in config and (path / "model.safetensors").exists()):
-        raise UserError(
-            f"{path} is a Hugging Face directory, and this version of maxpretrain does not read those yet; give a run directory"
-        )

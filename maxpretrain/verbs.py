@@ -100,6 +100,15 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mfu", type=_number(float, 0, 1, open_low=True), help="share of peak FLOP/s to assume, in (0, 1]"
     )
+    parser.add_argument(
+        "--coordinate-check",
+        action="store_true",
+        help="instead, train small networks of several widths and see whether activations grow with it, with muP and without",
+    )
+    parser.add_argument(
+        "--widths", type=_widths, default=(), metavar="W,W,...", help="values of model_dim for the coordinate check"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="where to draw the coordinate check: .png, .svg or .pdf")
     _takes_json(parser)
 
 
@@ -107,12 +116,37 @@ def _plan(options: argparse.Namespace) -> int:
     from maxpretrain import configio, environment
 
     run = configio.resolve(options.config, options.overrides)
+    if options.coordinate_check:
+        return _coordinate_check(run, options)
+    if options.widths or options.plot:
+        raise UserError("plan: --widths and --plot belong to --coordinate-check; add it")
     environment.prepare_process(run)  # as for training: the plan is for the devices that it would have
     from maxpretrain import plan as planning
 
     result = planning.plan(run, target=options.target, mfu=options.mfu, devices=options.devices)
     print(_json(result) if options.json else planning.render(result))
     return 0 if getattr(result, "fits", True) is not False else DoesNotFit.exit_status
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    read = _number(int, 1)
+    return tuple(read(part) for part in text.split(","))
+
+
+def _coordinate_check(run: Any, options: argparse.Namespace) -> int:
+    from maxpretrain import environment
+
+    environment.prepare_process()
+    from maxpretrain.plan import coordinates
+
+    plot = None if options.plot is None else Path(options.plot).expanduser()
+    if plot is not None and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.parent.is_dir()):
+        raise UserError(f"--plot {plot} must be a .png, .svg or .pdf file in a folder that exists")
+    check = coordinates.coordinate_check(run, options.widths)
+    print(_json(check.to_dict()) if options.json else coordinates.render(check))
+    if plot is not None:
+        coordinates.plot(check, plot)
+    return 0
 
 
 def _prepare_options(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +197,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     _takes_run(parser)
     parser.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be given several times"
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="text to continue, to answer (encoder-decoder), or with masks to fill (encoder); may be given several times",
     )
     parser.add_argument(
         "--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="longest continuation (default: 100)"
@@ -171,9 +209,8 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=_number(float, 0),
-        default=0.8,
         metavar="T",
-        help="0 takes the likeliest token (default: 0.8)",
+        help="0 takes the likeliest token (default: 0.8, and 0 for filling masks)",
     )
     parser.add_argument("--top-k", type=_number(int, 1), metavar="K", help="sample among the K likeliest tokens only")
     parser.add_argument(
@@ -194,28 +231,105 @@ def _generate(options: argparse.Namespace) -> int:
 
     directory = find_run(options.run)
     environment.prepare_process()
-    from maxpretrain.generate import generate_run
+    from maxpretrain.api import load
 
+    run = load(directory, options.step)
+    architecture = run.config.model.architecture
+    temperature = 0.0 if architecture == "encoder" else 0.8
+    how = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": temperature if options.temperature is None else options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    if architecture == "encoder":
+        _show_filled(options.prompt, run.generate(options.prompt, **how), run.fill(options.prompt), options.json)
+        return 0
+    # What a decoder makes goes on from the prompt, what an encoder-decoder makes answers it.
+    shown = options.prompt if architecture == "decoder" else [""] * len(options.prompt)
     streams = len(options.prompt) == 1 and not options.json
     if streams:
-        print(options.prompt[0], end="", flush=True)
-    texts = generate_run(
-        directory,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        step=options.step,
-        stream=(lambda _, piece: print(piece, end="", flush=True)) if streams else None,
-    )
+        print(shown[0], end="", flush=True)
+        how["stream"] = lambda _, piece: print(piece, end="", flush=True)
+    texts = run.generate(options.prompt, **how)
     if options.json:
         print(_json([{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)]))
     elif streams:
         print()
     else:
-        print("\n\n".join(prompt + text for prompt, text in zip(options.prompt, texts, strict=True)))
+        print("\n\n".join(prompt + text for prompt, text in zip(shown, texts, strict=True)))
+    return 0
+
+
+def _show_filled(prompts: list[str], texts: list[str], candidates: list[Any], as_json: bool) -> None:
+    """Texts with their masks filled, and what else would do in each."""
+    if as_json:
+        masks = [[[one._asdict() for one in mask] for mask in text] for text in candidates]
+        rows = zip(prompts, texts, masks, strict=True)
+        print(_json([{"prompt": prompt, "text": text, "masks": found} for prompt, text, found in rows]))
+        return
+    for text, masks in zip(texts, candidates, strict=True):
+        print(text)
+        for number, mask in enumerate(masks, 1):
+            print(f"  mask {number}: " + ", ".join(f'"{one.text}" {one.probability:.1%}' for one in mask))
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    _takes_run(parser)
+    parser.add_argument("directory", metavar="DIR", help="directory to make")
+    parser.add_argument("--format", choices=["hf"], default="hf", help="hf: safetensors, config.json, tokenizer files")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the tensors in the file (default: float32)",
+    )
+    parser.add_argument("--step", type=_number(int, 0), metavar="N", help="checkpoint to export; the last by default")
+    _takes_json(parser)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from maxpretrain import environment
+    from maxpretrain.rundir import RunDirectory
+
+    environment.prepare_process()
+    from maxpretrain.convert.exporting import export
+
+    result = export(
+        RunDirectory.open(options.run), Path(options.directory).expanduser(), step=options.step, dtype=options.dtype
+    )
+    _show_comparisons(result, options.json)
+    return 0
+
+
+def _show_comparisons(result: dict[str, Any], as_json: bool) -> None:
+    """An export's result, with a line for each reading of the files."""
+    if as_json:
+        print(_json(result))
+        return
+    _show({name: value for name, value in result.items() if not isinstance(value, dict)}, False)
+    for reader, found in result.items():
+        if isinstance(found, dict):
+            print(
+                f"read back by {reader}: max |Δlogit| {found['max_difference']:.2e}, KL {found['kl']:.2e} nats, "
+                f"greedy agreement {found['agreement']:.2%}"
+            )
+
+
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="a Hugging Face directory: config.json and safetensors")
+    parser.add_argument("run", metavar="RUN", help="the run to make: a name under runs/, or a path")
+    _takes_json(parser)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from maxpretrain import environment
+
+    environment.prepare_process()
+    from maxpretrain.convert.importing import import_directory
+
+    _show(import_directory(Path(options.directory).expanduser(), options.run), options.json)
     return 0
 
 
@@ -284,7 +398,11 @@ VERBS = {
     "evaluate": Verb(
         "loss, perplexity and bits per byte of a run on its validation text or any other", _evaluate_options, _evaluate
     ),
-    "generate": Verb("continues a text with a run's model", _generate_options, _generate),
+    "generate": Verb(
+        "continues or answers a text with a run's model, or fills its masks", _generate_options, _generate
+    ),
+    "export": Verb("a run's network as a Hugging Face directory, checked by loading it", _export_options, _export),
+    "import": Verb("a Hugging Face directory made into a run", _import_options, _import),
     "report": Verb("writes report.html again; with several runs, compares them", _report_options, _report),
     "doctor": Verb(
         "devices, versions, kernels in use, what is missing; to paste into a bug report", _takes_json, _doctor

@@ -37,15 +37,15 @@ def draw(model, seed):
     )
 
 
-def make_run(root, name, **model):
+def make_run(root, name, tokenizer=TOKENIZER, **model):
     """The run directory that training leaves, with checkpoints of steps 3 and 5."""
     text = root / "text.txt"
     text.write_text(TEXT)
     config = Run(
         name=name,
         root=str(root),
-        model=ModelConfig(num_layers=1, model_dim=8, num_heads=2, vocab_size=TOKENIZER.vocab_size + 3, **model),
-        tokenizer=TokenizerConfig(kind="characters"),
+        model=ModelConfig(num_layers=1, model_dim=8, num_heads=2, vocab_size=tokenizer.vocab_size + 3, **model),
+        tokenizer=TokenizerConfig(kind="characters", user_symbols=tokenizer.symbols),
         data=DataConfig(
             train=(str(text),), split="tail", validation_fraction=0.25, cache=str(root / "cache"), workers=1
         ),
@@ -55,7 +55,7 @@ def make_run(root, name, **model):
     path = root / name
     path.mkdir()
     (path / "config.json").write_text(configio.to_json(config))
-    TOKENIZER.save(path / "tokenizer")
+    tokenizer.save(path / "tokenizer")
     network = build(config.model)
     with Checkpoints(path / "checkpoints") as checkpoints:
         for step in (3, 5):
@@ -80,8 +80,9 @@ def test_what_a_loaded_run_has(learned):
     assert learned.config.model.max_length == 20
     assert learned.step == 5
     assert learned.tokenizer.fingerprint == TOKENIZER.fingerprint
-    assert learned.params["stack"]["block"]["attention"]["query"]["kernel"].shape == (1, 8, 2, 4)
-    assert mp.load(learned.directory.path, step=3).params["norm"]["scale"][0] != learned.params["norm"]["scale"][0]
+    decoder = learned.params["decoder"]
+    assert decoder["stack"]["block"]["attention"]["query"]["kernel"].shape == (1, 8, 2, 4)
+    assert mp.load(learned.directory.path, step=3).params["decoder"]["norm"]["scale"][0] != decoder["norm"]["scale"][0]
 
 
 def test_logits_and_outputs(learned):
@@ -146,6 +147,135 @@ def test_generate_follows_the_logits(rotary):
     pieces = []
     assert mp.generate(rotary, ["a cat"], 6, stream=lambda _, piece: pieces.append(piece)) == [text]
     assert "".join(pieces) == text
+
+
+MASKED = Characters(TEXT, ["<s>", "</s>", "[MASK]"])
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    shape = {"architecture": "encoder", "max_length": 20, "token_types": 2, "num_labels": 3, "lm_transform": True}
+    heads = ("lm", "pooler", "pair", "replaced", "span_boundary", "sequence", "token", "value")
+    return mp.load(make_run(tmp_path_factory.mktemp("runs"), "encoder", MASKED, heads=heads, **shape))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    shape = {"architecture": "encoder-decoder", "num_decoder_layers": 2, "max_length": 20, "decoder_start_id": 1}
+    return mp.load(make_run(tmp_path_factory.mktemp("runs"), "both", MASKED, **shape))
+
+
+def test_an_encoder_has_its_heads(encoder):
+    rng = np.random.default_rng(1)
+    tokens, types = rng.integers(0, 12, (2, 7)), rng.integers(0, 2, (2, 7))
+    mask = np.array([[1] * 7, [1] * 4 + [0] * 3])
+    out = encoder.outputs(tokens, mask, types)
+    vocab = MASKED.vocab_size + 3
+    shapes = {
+        "hidden": (2, 7, 8),
+        "logits": (2, 7, vocab),
+        "pooled": (2, 8),
+        "pair_logits": (2, 2),
+        "replaced_logits": (2, 7),
+    }
+    shapes |= {"sequence_logits": (2, 3), "token_logits": (2, 7, 3), "values": (2, 7)}
+    assert {name: value.shape for name, value in out.items()} == shapes
+    assert {value.dtype for value in out.values()} == {np.dtype(np.float32)}
+    alone = encoder.outputs(tokens[1:, :4], token_types=types[1:, :4])
+    for name, value in out.items():
+        found = value[1, :4] if value.shape[1] == 7 else value[1]
+        np.testing.assert_allclose(found, alone[name][0], rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(encoder.logits(tokens, mask), encoder.outputs(tokens, mask)["logits"])
+    assert not np.allclose(encoder.logits(tokens, mask), out["logits"])  # all of kind 0
+    with pytest.raises(UserError, match=r"token_types are int64 of shape \(1, 2\); give integers of shape \(2, 7\)"):
+        encoder.outputs(tokens, token_types=[[0, 1]])
+    with pytest.raises(UserError, match="token_types hold 2; the model has 0 to 1"):
+        encoder.outputs(tokens, token_types=types + 1)
+    with pytest.raises(UserError, match="decoder_tokens was given without a network that has use for it"):
+        encoder.outputs(tokens, decoder_tokens=tokens)
+
+
+def test_an_encoder_fills_masks(encoder):
+    texts = ["a [MASK]at", "[MASK] sat[MASK]"]
+    found = encoder.fill(texts, top_k=3)
+    assert [[len(candidates) for candidates in masks] for masks in found] == [[3], [3, 3]]
+    ids = np.concatenate([[MASKED.bos_id], MASKED.encode(texts[0]), [MASKED.eos_id]])
+    scores = encoder.logits(ids[None])[0, 3, : MASKED.vocab_size]
+    assert [one.id for one in found[0][0]] == np.argsort(-scores)[:3].tolist()
+    pieces = []
+    filled = mp.generate(encoder, texts, stream=lambda *piece: pieces.append(piece))
+    assert filled[0] == texts[0].replace("[MASK]", MASKED.decode([found[0][0][0].id]))
+    assert pieces == [(0, filled[0]), (1, filled[1])]
+    with pytest.raises(UserError, match=r'"a cat" has no mask; write \[MASK\]'):
+        encoder.generate(["a cat"])
+    with pytest.raises(UserError, match="texts is one text; give a list of them"):
+        encoder.fill("a [MASK]")
+
+
+def test_logits_of_an_encoder_decoder(both):
+    rng = np.random.default_rng(2)
+    tokens, decoder_tokens = rng.integers(3, 12, (2, 9)), rng.integers(3, 12, (2, 5))
+    mask, decoder_mask = np.arange(9) < [[9], [6]], np.arange(5) < [[5], [4]]
+    logits = both.logits(tokens, decoder_tokens, mask, decoder_mask)
+    assert (logits.shape, logits.dtype) == ((2, 5, MASKED.vocab_size + 3), np.float32)
+    alone = both.logits(tokens[1:, :6], decoder_tokens[1:, :4])
+    np.testing.assert_allclose(logits[1, :4], alone[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        logits, both.logits(tokens, mask=mask, decoder_tokens=decoder_tokens, decoder_mask=decoder_mask)
+    )
+    left = both.logits(np.roll(tokens, 3, 1), decoder_tokens, np.roll(mask, 3, 1))[1]  # padding on the other side
+    np.testing.assert_allclose(left[:4], alone[0], rtol=1e-4, atol=1e-5)
+    out = both.outputs(tokens, mask, decoder_tokens=decoder_tokens, decoder_mask=decoder_mask)
+    assert {name: value.shape for name, value in out.items()} == {
+        "hidden": (2, 5, 8),
+        "memory": (2, 9, 8),
+        "logits": (2, 5, MASKED.vocab_size + 3),
+    }
+    encoded = both.outputs(tokens, mask)
+    assert encoded.keys() == {"hidden"}
+    np.testing.assert_allclose(encoded["hidden"], out["memory"], rtol=1e-5, atol=1e-6)
+    for arrays, named, message in (
+        ((), {}, r"needs decoder_tokens: run.logits\(tokens, decoder_tokens\)"),
+        (
+            (decoder_tokens,),
+            {"decoder_tokens": decoder_tokens},
+            "takes tokens, decoder_tokens, mask, decoder_mask, each once",
+        ),
+        ((decoder_tokens[:1],), {}, "tokens have 2 rows and decoder_tokens 1; give as many"),
+        (([[0.5]],), {}, r"decoder_tokens are float64 of shape \(1, 1\)"),
+        ((decoder_tokens, mask, mask), {}, r"the decoder_mask has shape \(2, 9\) and decoder_tokens \(2, 5\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            both.logits(tokens, *arrays, **named)
+    with pytest.raises(UserError, match="decoder_mask was given without decoder_tokens"):
+        both.outputs(tokens, decoder_mask=decoder_mask)
+
+
+def test_an_encoder_decoder_answers_by_its_logits(both):
+    (text,) = both.generate(["a cat sat"], max_new_tokens=6)
+    ids = np.concatenate([[1], MASKED.encode(text)])
+    read = np.append(MASKED.encode("a cat sat"), MASKED.eos_id)
+    likeliest = both.logits(read[None], ids[None])[0, :, : MASKED.vocab_size].argmax(-1)
+    assert likeliest[:-1].tolist() == ids[1:].tolist()
+    assert len(text) == 6 or likeliest[-1] == MASKED.eos_id
+
+
+def test_without_heads_or_tokenizer(learned, encoder):
+    bare = dataclasses.replace(learned, tokenizer=None)
+    with pytest.raises(
+        UserError, match=r"has no tokenizer, so texts mean nothing to it; use run.logits with token ids"
+    ):
+        bare.generate(["a"])
+    assert bare.logits([[0, 1]]).shape == (1, 2, TOKENIZER.vocab_size + 3)
+    shape = dataclasses.replace(encoder.config.model, heads=("pooler",), lm_transform=False)
+    params = {name: part for name, part in encoder.params.items() if name != "lm"}
+    directory = dataclasses.replace(encoder.directory, config=encoder.config.replace(model=shape))
+    headless = dataclasses.replace(
+        encoder, directory=directory, params=params | {"heads": {"pooler": params["heads"]["pooler"]}}
+    )
+    assert headless.outputs([[0, 1]]).keys() == {"hidden", "pooled"}
+    with pytest.raises(UserError, match=r'model.heads are pooler; without "lm" there are no logits; use run.outputs'):
+        headless.logits([[0, 1]])
 
 
 def nll(run, text):
@@ -224,14 +354,18 @@ def test_a_run_by_its_name(learned, tmp_path, monkeypatch):
         mp.load("lerned")
 
 
-@pytest.mark.parametrize("content", [{"model_type": "gpt2"}, None])
-def test_hugging_face_directories_are_named_as_such(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model_type": "nonsense"}, 'model_type "nonsense" is not supported; supported are'),
+        (None, "is not a run directory: it has no config.json"),
+    ],
+)
+def test_hugging_face_directories_that_are_none(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(b"")
     if content:
         (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match="is a Hugging Face directory, and this version of maxpretrain does not read those"
-    ):
+    with pytest.raises(UserError, match=message):
         mp.load(tmp_path)
 
 

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import types
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,7 +138,10 @@ def test_python_m_maxpretrain():
     ("words", "expected"),
     [
         ("trian", 'unknown command "trian"; did you mean "train"?'),
-        ("xyz", 'unknown command "xyz"; there is: train, plan, prepare, evaluate, generate, report, doctor'),
+        (
+            "xyz",
+            'unknown command "xyz"; there is: train, plan, prepare, evaluate, generate, export, import, report, doctor',
+        ),
         ("configs/tiny.py", 'unknown command "configs/tiny.py"; did you mean maxpretrain train configs/tiny.py?'),
         ("train", "train: it needs CONFIG; see maxpretrain train --help"),
         ("train tinny", 'no config tinny; did you mean "tiny"? (available: tiny)'),
@@ -290,23 +295,34 @@ def test_numbers_of_numpy_are_json_too(fake, runs, capsys):
 def generated(fake, runs):
     calls = []
 
-    def generate_run(run_dir, prompts, *, stream, **options):
-        calls.append((run_dir, prompts, stream is not None, options))
-        texts = [" upon a time", " more"][: len(prompts)]
-        for i, text in enumerate(texts):
-            for piece in text.split("p") if stream else ():
-                stream(i, piece)
-        return texts
+    class Loaded:
+        config = SimpleNamespace(model=SimpleNamespace(architecture="decoder"))
 
-    fake("generate", generate_run=generate_run)
-    return calls
+        def __init__(self, directory, step):
+            self.directory, self.step = directory, step
+
+        def generate(self, prompts, *, stream=None, **options):
+            calls.append((self.directory, prompts, stream is not None, options | {"step": self.step}))
+            texts = [" upon a time", " more"][: len(prompts)]
+            for i, text in enumerate(texts):
+                for piece in text.split("p") if stream else ():
+                    stream(i, piece)
+            return texts
+
+        def fill(self, prompts):
+            Candidate = namedtuple("Candidate", "id text probability")
+            candidates = [Candidate(3, " time", 0.625), Candidate(4, "", 0.25)]
+            return [[candidates, candidates[:1]] for _ in prompts]
+
+    fake("api", load=Loaded)
+    return SimpleNamespace(calls=calls, model=Loaded.config.model)
 
 
 def test_generate_streams_one_prompt(generated, capsys):
     assert cli.main(["generate", "quickstart", "--prompt", "Once"]) == 0
     assert capsys.readouterr().out == "Once uon a time\n"  # the pieces, as they came
     defaults = {"max_new_tokens": 100, "temperature": 0.8, "top_k": None, "top_p": None, "seed": 0, "step": None}
-    assert generated == [(Path("runs/quickstart"), ["Once"], True, defaults)]
+    assert generated.calls == [(Path("runs/quickstart"), ["Once"], True, defaults)]
 
 
 def test_generate_prints_several_prompts_when_done(generated, capsys):
@@ -314,13 +330,33 @@ def test_generate_prints_several_prompts_when_done(generated, capsys):
     assert cli.main(["generate", "quickstart", "--prompt", "Once", "--prompt=-- and", *options.split()]) == 0
     assert capsys.readouterr().out == "Once upon a time\n\n-- and more\n"
     given = {"max_new_tokens": 5, "temperature": 0.0, "top_k": 3, "top_p": 0.9, "seed": 4, "step": 7}
-    assert generated == [(Path("runs/quickstart"), ["Once", "-- and"], False, given)]
+    assert generated.calls == [(Path("runs/quickstart"), ["Once", "-- and"], False, given)]
 
 
 def test_generate_as_json(generated, capsys):
     assert cli.main(["generate", "quickstart", "--prompt", "Once", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [{"prompt": "Once", "text": " upon a time"}]
-    assert generated[0][2] is False
+    assert generated.calls[0][2] is False
+
+
+def test_an_encoder_decoder_answers(generated, capsys):
+    generated.model.architecture = "encoder-decoder"
+    assert cli.main(["generate", "quickstart", "--prompt", "Once"]) == 0
+    assert cli.main(["generate", "quickstart", "--prompt", "Once", "--prompt", "and"]) == 0
+    assert capsys.readouterr().out == " uon a time\n upon a time\n\n more\n"
+    assert [call[3]["temperature"] for call in generated.calls] == [0.8, 0.8]
+
+
+def test_an_encoder_fills_masks(generated, capsys):
+    generated.model.architecture = "encoder"
+    assert cli.main(["generate", "quickstart", "--prompt", "Once upon a [MASK]"]) == 0
+    expected = ' upon a time\n  mask 1: " time" 62.5%, "" 25.0%\n  mask 2: " time" 62.5%\n'
+    assert capsys.readouterr().out == expected
+    assert (generated.calls[0][2], generated.calls[0][3]["temperature"]) == (False, 0.0)
+    assert cli.main(["generate", "quickstart", "--prompt", "a", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["prompt"], found["text"]) == ("a", " upon a time")
+    assert found["masks"][1] == [{"id": 3, "text": " time", "probability": 0.625}]
 
 
 def test_report(fake, runs, capsys):

@@ -14,6 +14,7 @@ from maxpretrain.config import (
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    RopeConfig,
     Run,
     ScheduleConfig,
 )
@@ -24,7 +25,7 @@ from maxpretrain.objectives import CLM
 FULL = Run(
     name="full",
     seed=4294967295,
-    model=ModelConfig(vocab_size=None, num_kv_heads=4, rope_theta=500000.0, norm_eps=1e-5, qkv_bias=False),
+    model=ModelConfig(vocab_size=None, num_kv_heads=4, rope=RopeConfig(theta=500000.0), norm_eps=1e-5, qkv_bias=False),
     objective=CLM(mask_documents=False, z_loss=1e-4),
     data=DataConfig(train=("a.txt", "b.txt"), weights=(0.1, 0.30000000000000004)),
     optimizer=OptimizerConfig(peak_lr=0.1 + 0.2, clip_norm=None, schedule=ScheduleConfig(boundaries=(1, 2))),
@@ -130,7 +131,10 @@ def test_not_found(folder):
         ),
         ("config = Run(data=DataConfig(train='a.txt'))", ': data.train is "a.txt"; it takes texts'),
         ("config = Run(data=DataConfig(train=('a', 3)))", ": data.train[1] is 3 (int); it takes a text"),
-        ("config = Run(model=ModelConfig(norm='x'))", ': model.norm is "x"; it takes one of "layernorm", "rmsnorm"'),
+        (
+            "config = Run(model=ModelConfig(norm='x'))",
+            ': model.norm is "x"; it takes one of "layernorm", "rmsnorm", "rmsnorm_offset"',
+        ),
         ("config = Run(model=ModelConfig(qkv_bias=1))", ": model.qkv_bias is 1 (int); it takes true or false, or None"),
         ("config = Run(model=5)", ": model is an int; it takes a ModelConfig"),
         ("config = Run(objective='CLM')", ": objective is a str; it takes an Objective"),
@@ -240,7 +244,10 @@ def edited(**changes):
         (edited(steps=7.0), "config.json: steps is 7.0 (float); it takes an integer"),
         (edited(steps=None), "config.json: steps is None; it takes an integer"),
         (edited(model__bias=1), "config.json: model.bias is 1 (int); it takes true or false"),
-        (edited(model__norm="Rms"), 'config.json: model.norm is "Rms"; it takes one of "layernorm", "rmsnorm"'),
+        (
+            edited(model__norm="Rms"),
+            'config.json: model.norm is "Rms"; it takes one of "layernorm", "rmsnorm", "rmsnorm_offset"',
+        ),
         (edited(model=[]), "config.json: model is a list; it takes the fields of a ModelConfig"),
         (edited(objective={}), "config.json: objective has no type; it takes one of CLM"),
         (
@@ -390,7 +397,7 @@ def test_nothing_to_override_changes_nothing():
         ("--data.shuffle maybe", '--data.shuffle is "maybe"; it takes true or false'),
         ("--data.no_shuffle=true", "the flag that says no to --data.shuffle takes no value; write --data.shuffle true"),
         ("--data.weights 1 two", '--data.weights is "two"; it takes a number'),
-        ("--model.norm rms", '--model.norm is "rms"; it takes one of "layernorm", "rmsnorm"'),
+        ("--model.norm rms", '--model.norm is "rms"; it takes one of "layernorm", "rmsnorm", "rmsnorm_offset"'),
         ("--no_steps", "unknown field --no_steps; did you mean --steps?"),
         ("--steps 5 6", '"6" belongs to no flag; overrides are written --field value, as --steps 100'),
         ("steps=5", '"steps=5" belongs to no flag; overrides are written --field value, as --steps 100'),
@@ -438,7 +445,7 @@ def test_help_lists_every_field_with_the_values_at_hand():
         in text
     )
     assert (
-        "--model.norm {layernorm,rmsnorm}\n                                  kind of normalization (default: layernorm)"
+        "--model.norm {layernorm,rmsnorm,rmsnorm_offset}\n                                  rmsnorm_offset multiplies by 1 + scale (default: layernorm)"
         in text
     )
     assert "--data.train [TEXT ...]         sources of training documents (default: a.txt b.txt)" in text

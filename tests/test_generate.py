@@ -151,9 +151,23 @@ def test_settings_and_models_that_cannot_serve():
         generate(["a"], top_k=0)
     with pytest.raises(UserError, match="the tokenizer has 256 ids, but the model only 32"):
         Generator(model, Bytes())
-    broken = params | {"norm": jax.tree.map(lambda x: x * jnp.nan, params["norm"])}
+    norm = jax.tree.map(lambda x: x * jnp.nan, params["decoder"]["norm"])
+    broken = params | {"decoder": params["decoder"] | {"norm": norm}}
     with pytest.raises(Diverged, match="the model's logits after 9 tokens of prompt 0 are not finite"):
         generate(PROMPTS, params=broken)
+
+
+def test_networks_that_do_not_generate():
+    def ask(**changes):
+        model = build(dataclasses.replace(CONFIG, **changes))
+        return Generator(model, LETTERS)({}, ["a"], max_new_tokens=1)
+
+    with pytest.raises(UserError, match="an encoder does not continue texts; give it one with masks to fill"):
+        ask(architecture="encoder")
+    with pytest.raises(UserError, match=r'model.heads are sequence; without "lm" there is nothing to generate with'):
+        ask(heads=("sequence",))
+    with pytest.raises(UserError, match=r"model.decoder_start_id is None; set it to the id"):
+        ask(architecture="encoder-decoder")
 
 
 @contextlib.contextmanager
@@ -202,7 +216,7 @@ class Chain:
     def empty_cache(self, rows, capacity):
         return {"key": jnp.zeros((1, rows, capacity, 1, 1))}
 
-    def decode(self, params, tokens, positions, cache):
+    def decode(self, params, tokens, positions, cache, memory_segments=None):
         return jax.nn.one_hot(tokens, self.config.vocab_size), cache
 
     def logits(self, params, hidden):
@@ -248,3 +262,115 @@ def test_no_half_character_is_streamed(chain):
     pieces.clear()
     assert answer(["."], max_new_tokens=4, stream=stream) == ["é�"]  # cut inside the second one
     assert pieces == ["é", "�"]
+
+
+ENDING = Characters("abcdefghijklmnopqrstuvwxyz .", ["</s>"])  # id 28
+KINDS = {
+    "t5": {"position": "t5", "num_decoder_layers": 3},
+    "bart": {"position_offset": 2, "max_length": 32, "norm_placement": "post", "embed_norm": True, "bias": True},
+}
+
+
+@functools.cache
+def answering(kind, tokenizer=LETTERS):
+    """An encoder-decoder, its parameters, its generator; the decoder starts with id 30."""
+    shape = dataclasses.replace(
+        CONFIG, architecture="encoder-decoder", num_kv_heads=4, decoder_start_id=30, **KINDS[kind]
+    )
+    model = build(shape)
+    rng = np.random.default_rng(0)
+
+    def leaf(spec):
+        return jnp.asarray((spec.role == "norm") + 0.3 * rng.standard_normal(spec.shape), jnp.float32)
+
+    return model, jax.tree.map(leaf, model.abstract, is_leaf=is_spec), Generator(model, tokenizer)
+
+
+@functools.cache
+def scores(kind):
+    model, _, _ = answering(kind)
+
+    def of_the_next(params, tokens, segments, decoder_tokens, at):
+        hidden = model.apply(params, tokens, segments=segments, decoder_tokens=decoder_tokens).hidden
+        return model.logits(params, hidden)[0, at]
+
+    return jax.jit(of_the_next)
+
+
+def answer_whole(prompt, kind, params, count, tokenizer=LETTERS):
+    """A greedy answer without a cache and with the prompt alone in its batch."""
+    ids = tokenizer.encode(prompt).tolist() + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    tokens, segments, made = np.zeros((1, 32), np.int32), np.zeros((1, 32), np.int32), [30]
+    tokens[0, : len(ids)], segments[0, : len(ids)] = ids, 1
+    while len(made) <= count:
+        decoder_tokens = np.zeros((1, 32), np.int32)
+        decoder_tokens[0, : len(made)] = made
+        found = scores(kind)(params, tokens, segments, decoder_tokens, len(made) - 1)
+        made.append(int(found[: tokenizer.vocab_size].argmax()))
+        if made[-1] == tokenizer.eos_id:
+            break
+    return tokenizer.decode(made[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_decoder_answers_as_if_all_were_run_for_each_token(kind):
+    _, params, generator = answering(kind)
+    pieces = {0: [], 1: [], 2: []}
+    texts = generator(params, PROMPTS, max_new_tokens=25, stream=lambda index, text: pieces[index].append(text))
+    assert texts == [answer_whole(prompt, kind, params, 25) for prompt in PROMPTS]
+    assert ["".join(parts) for parts in pieces.values()] == texts
+    assert len(set(texts)) == 3
+    # the other prompts do not matter
+    assert generator(params, ["q", PROMPTS[1], "z" * 30], max_new_tokens=25)[1] == texts[1]
+
+
+def test_drawn_answers():
+    _, params, generator = answering("t5")
+    texts = generator(params, PROMPTS, max_new_tokens=25)
+    drawn = generator(params, PROMPTS, max_new_tokens=25, temperature=1.0, seed=3)
+    assert drawn != texts
+    assert generator(params, [PROMPTS[0], "z" * 20, "z"], max_new_tokens=25, temperature=1.0, seed=3)[0] == drawn[0]
+
+
+def test_eos_ends_the_prompt_and_the_answer():
+    _, params, generator = answering("t5", ENDING)
+    kernel = params["unembed"]["kernel"]
+    likely = params | {"unembed": {"kernel": kernel.at[:, 28].set(1.1 * kernel[:, ENDING.encode("g")[0]])}}
+    texts = generator(likely, PROMPTS, max_new_tokens=25)
+    assert texts == [answer_whole(prompt, "t5", likely, 25, ENDING) for prompt in PROMPTS]
+    assert [len(text) for text in texts] == [25, 3, 10]
+    assert len(generator(likely, ["", "ab", PROMPTS[2]], max_new_tokens=25)) == 3  # eos alone is something to read
+
+
+def test_answers_that_outgrow_the_positions_go_on():
+    _, params, generator = answering("bart")
+    texts = generator(params, PROMPTS, max_new_tokens=70)  # they end at 32
+    assert [len(text) for text in texts] == [70] * 3
+    assert generator(params, PROMPTS, max_new_tokens=25) == [text[:25] for text in texts]
+
+
+def test_prompts_that_an_encoder_cannot_read():
+    _, params, generator = answering("bart")
+    with pytest.raises(UserError, match="prompt 1 has 33 tokens, and the encoder positions for 32; shorten it"):
+        generator(params, ["a", "b" * 33], max_new_tokens=1)
+    assert len(generator(params, ["b" * 32], max_new_tokens=1)[0]) == 1
+    with pytest.raises(UserError, match="the prompt is empty, and a characters tokenizer without bos and eos"):
+        generator(params, ["a", ""], max_new_tokens=1)
+
+
+def test_other_questions_compile_nothing():
+    _, params, generator = answering("t5")
+    generator(params, PROMPTS, max_new_tokens=25)
+    with compilations() as found:
+        generator(params, ["a longer cat than that", "b", "c"], max_new_tokens=20)
+    assert found == []
+
+
+def test_an_encoder_decoder_spread_over_a_mesh():
+    model, params, generator = answering("t5")
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = jax.device_put(params, layout.param_shardings(model.abstract))
+    expected = generator(params, PROMPTS, max_new_tokens=25)
+    with compilations() as first:
+        assert generator(spread, PROMPTS, max_new_tokens=25) == expected
+    assert len(first) == 3  # an empty state, the prompts, a chunk

@@ -32,7 +32,7 @@ def test_axes_must_multiply_to_the_devices():
 
 def test_logical_axes_resolve_to_mesh_axes():
     two = layout(data=2, fsdp=2, tensor=2)
-    assert two.spec(("batch", "length")) == P(("data", "fsdp"), None)
+    assert two.spec(("batch", "length")) == P(("data", "fsdp", "expert"), None)
     assert two.spec(("layers", "embed", "mlp")) == P(None, ("fsdp",), ("tensor",))
     assert two.spec(("vocab", "embed")) == P(("tensor",), ("fsdp",))
     assert two.spec(("width",)) == P(None)
@@ -86,7 +86,7 @@ def test_width_and_microbatches_must_divide_too():
 def test_parameters_lie_where_the_rules_say():
     abstract = build(MODEL).abstract
     shardings = layout(fsdp=4, tensor=2, data=1).param_shardings(abstract)
-    block = shardings["stack"]["block"]
+    block = shardings["decoder"]["stack"]["block"]
     assert block["attention"]["query"]["kernel"].spec == P(None, ("fsdp",), ("tensor",), None)
     assert block["mlp"]["down"]["kernel"].spec == P(None, ("tensor",), ("fsdp",))
     assert block["mlp"]["down"]["bias"].spec == P(None, None)

@@ -161,6 +161,13 @@ class HuggingFace(Tokenizer):
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -327,7 +334,22 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
         )
     except RuntimeError as error:
         raise _explain(config, str(error), count) from None
-    return model.getvalue()
+    return _rounded(model.getvalue()) if config.algorithm == "unigram" else model.getvalue()
+
+
+def _rounded(model: bytes) -> bytes:
+    """The model with scores that are multiples of 1/128.
+
+    The sums of such scores are exact, so which of two equal segmentations wins does not depend on the text before, nor on
+    whose code adds them up: an exported tokenizer makes the same ids.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for piece in proto.pieces:
+        if piece.type == proto.SentencePiece.NORMAL:
+            piece.score = round(piece.score * 128) / 128
+    return proto.SerializeToString()
 
 
 def _explain(config: TokenizerConfig, message: str, count: int) -> UserError:

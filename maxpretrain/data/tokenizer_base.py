@@ -39,6 +39,10 @@ class Tokenizer:
         """int32 [tokens]: the ids of `text`, without bos or eos."""
         return self.encode_batch([text])[0]
 
+    def encode_marked(self, text: str) -> np.ndarray:
+        """As `encode`, but special tokens that the text spells, such as a mask, are those tokens."""
+        return self.encode(text)  # user symbols always are
+
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Many texts at once, which is much faster.
 

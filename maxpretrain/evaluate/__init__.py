@@ -79,6 +79,10 @@ def _stores(directory: RunDirectory, data: Source | None, step: int) -> Sequence
     from maxpretrain.data.prepare import prepare, prepare_source
 
     config, tokenizer = directory.config, directory.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{directory.path} has no tokenizer, so no text can be given to it")
+    if data is None and "imported" in directory.meta(step):
+        raise UserError(f"{directory.path} was not trained here and has no validation text; give one with --data")
     if data is not None:
         return [prepare_source(os.fspath(data), tokenizer, config.data)]
     prepared = prepare(config)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from maxpretrain.config import ModelConfig
 from maxpretrain.models import families as families  # of the public `maxpretrain.models.families`
-from maxpretrain.models.decoder import Decoder
+from maxpretrain.models.network import NETWORKS, Output
 from maxpretrain.nn import base
 from maxpretrain.nn.attention import Cache
 from maxpretrain.nn.stack import Execution, empty_cache
 
-NETWORKS = {"decoder": Decoder}
+__all__ = ["Model", "Output", "build", "families", "parameter_count"]
+
 Params = dict[str, Any]
-
-
-class Output(NamedTuple):
-    """What a forward pass returns.
-
-    Attributes:
-        hidden: [B, T, D] in the compute dtype.
-        aux: name -> float32 [] auxiliary losses (expert balance, say).
-    """
-
-    hidden: jax.Array
-    aux: dict[str, jax.Array]
 
 
 class Model:
@@ -35,6 +25,7 @@ class Model:
     Attributes:
         config: its shape.
         abstract: nested dict of `nn.base.Spec`, one a parameter; nothing is allocated.
+        stacks: "encoder" or "decoder" or both -> its layers, which say which parameters are whose.
     """
 
     def __init__(self, config: ModelConfig, execution: Execution):
@@ -43,6 +34,7 @@ class Model:
         self.config, self.execution = config, execution
         module = NETWORKS[config.architecture](config, execution)
         self._head = module.head
+        self.stacks = {name: getattr(module, name).stack for name in ("encoder", "decoder") if hasattr(module, name)}
         self._template = base.Template(module)
         self.abstract: Params = self._template.abstract
 
@@ -57,39 +49,72 @@ class Model:
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
+        **more: jax.Array | None,
     ) -> Output:
         """Hidden states of every token.
 
         Args:
             tokens: int32 [B, T].
             positions: int32 [B, T]; None: 0 … T−1.
-            segments: int32 [B, T], tokens see only their own segment; None: one a row.
+            segments: int32 [B, T], tokens see only their own segment; 0 is padding; None: one a row.
             key: of dropout; None: no dropout.
+            more: int32 or bool, of networks that have use for it: `token_types` [B, T]; `prefix` bool [B, T], tokens of a
+                decoder that see each other in both directions; of an encoder-decoder (whose `tokens` are the encoder's)
+                `decoder_tokens` [B, U], `decoder_positions`, `decoder_segments`.
         """
-        hidden, _ = self._template.bind(params)(tokens, positions, segments, key)
-        return Output(hidden, {})
+        return self._template.bind(params)(tokens, positions=positions, segments=segments, key=key, **more)[0]
 
     def head(self, params: Params) -> Params:
         """The part of `params` that `logits` reads: the loss differentiates with respect to it chunk by chunk."""
-        return {self._head: params[self._head]}
+        return {name: params[name] for name in self._head if name in params}
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]. `params` may be the whole dict or `head(params)`."""
         return self._template.bind(params).logits(hidden)
 
+    def head_outputs(self, params: Params, hidden: jax.Array, real: jax.Array | None = None) -> dict[str, jax.Array]:
+        """What the other heads say of hidden states [B, T, D]; see `models.heads.Heads`."""
+        return self._template.bind(params).heads(hidden, real)
+
+    def span_logits(self, params: Params, left: jax.Array, right: jax.Array, places: jax.Array) -> jax.Array:
+        """The span boundary head's float32 [..., V]; see `models.heads.SpanBoundary`."""
+        module = self._template.bind(params)
+        return module.heads.span_boundary(left, right, places, module.embed)
+
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for `length` tokens of `batch` sequences."""
         return empty_cache(self.config, batch, length, self.execution.dtype)
 
-    def decode(self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def encode(self, params: Params, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Hidden states [B, S, D] of an encoder-decoder's encoder."""
+        return self._template.bind(params).encode(tokens, segments=segments)[0]
+
+    def remember(self, params: Params, memory: jax.Array) -> Cache:
+        """What a cache holds of the encoder's hidden states [B, S, D], to be merged into an empty one."""
+        return jax.tree.map(
+            lambda x: x.astype(jnp.dtype(self.execution.dtype)), self._template.bind(params).remember(memory)
+        )
+
+    def decode(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        memory_segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Hidden states of tokens that see what the cache holds, and the cache with them in it.
 
         Args:
             tokens: int32 [B, T]: a prompt, or one token a row.
             positions: int32 [B, T], where each stands in its own sequence.
+            memory_segments: int32 [B, S], 0 where the memory of an encoder-decoder is padding; None: nowhere.
         """
-        hidden, cache = self._template.bind(params)(tokens, positions, None, None, cache)
-        return hidden, cache
+        module = self._template.bind(params)
+        if self.config.architecture == "encoder-decoder":
+            return module.continue_(tokens, positions, cache, memory_segments)
+        output, cache = module(tokens, cache=cache, positions=positions)
+        return output.hidden, cache
 
 
 def build(config: ModelConfig, execution: Execution | None = None) -> Model:
@@ -98,6 +123,6 @@ def build(config: ModelConfig, execution: Execution | None = None) -> Model:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters, from the declared shapes: nothing is allocated."""
+    """Number of parameters, from the declared shapes: nothing is allocated. Tied ones count once, buffers not at all."""
     leaves = jax.tree.leaves(build(config).abstract, is_leaf=base.is_spec)
-    return sum(spec.size for spec in leaves)
+    return sum(spec.size for spec in leaves if spec.role != "buffer")

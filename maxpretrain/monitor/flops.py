@@ -22,14 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxpretrain import modelsize
 from maxpretrain.config import ModelConfig
 
 
 def matmul_parameters(model: ModelConfig) -> int:
     """Parameters that take part in a matrix product with every token.
 
-    The query, key, value and output projections, the MLP, and the unembedding, tied or not. Not the embedding look-up,
-    position tables, norms and biases.
+    The projections of attention, the MLP (of experts: those that a token goes to), and the unembedding, tied or not. A matrix
+    that serves several layers counts in each. Not the embedding look-up, position tables, norms and biases.
 
     Args:
         model: with `vocab_size` given.
@@ -39,15 +40,16 @@ def matmul_parameters(model: ModelConfig) -> int:
     """
     if model.vocab_size is None:
         raise ValueError("model.vocab_size is None; give the tokenizer's size")
-    attention = 2 * model.model_dim * (model.num_heads + model.kv_heads) * model.head_width
-    mlp = (3 if model.gated else 2) * model.model_dim * model.mlp_width
-    return model.num_layers * (attention + mlp) + model.vocab_size * model.model_dim
+    decoder = modelsize.stack_matrices(model, decoder=True) if model.architecture == "encoder-decoder" else 0
+    head = modelsize.head_matrices(model, model.vocab_size) if "lm" in model.heads else 0
+    return modelsize.stack_matrices(model) + decoder + head
 
 
 def flops_per_token(model: ModelConfig, length: int, causal: bool) -> float:
     """FLOPs to train on one token, forward and backward.
 
-    6·(matrix parameters) + 12·L·H·K·T, or with half of the latter where causal attention is counted once.
+    6·(matrix parameters) + 12·H·K·(keys seen) a layer: all T of them, or those of a window; with half of the latter where
+    causal attention is counted once. An encoder-decoder is counted as if both sides had `length` tokens.
 
     Args:
         model: with `vocab_size` given.
@@ -57,8 +59,13 @@ def flops_per_token(model: ModelConfig, length: int, causal: bool) -> float:
     Reference:
         Chowdhery et al., 2022, PaLM, arXiv:2204.02311, appendix B.
     """
-    attention = 12 * model.num_layers * model.num_heads * model.head_width * length
-    return float(6 * matmul_parameters(model) + attention * (0.5 if causal else 1.0))
+    latent = model.latent
+    width = (latent.nope_dim + latent.rope_dim + latent.value_dim) / 2 if latent.kv_rank else model.head_width
+    keys = sum(modelsize.seen_keys(model, i, length, causal=causal) for i in range(model.num_layers))
+    if model.architecture == "encoder-decoder":
+        own = length / 2 if causal else length
+        keys = model.num_layers * length + model.decoder_layers * (own + length)
+    return float(6 * matmul_parameters(model) + 12 * model.num_heads * width * keys)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,165 +1,185 @@
-"""Attention: which keys a query sees, and the product itself by the kernel asked for."""
+"""Attention as a layer: projections, positions, cache."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from maxpretrain.config import ModelConfig
 from maxpretrain.mesh import constrain
+from maxpretrain.nn.attend import Angles, Context, attend, memory_visible, visible
 from maxpretrain.nn.base import Module
-from maxpretrain.nn.dropout import dropout
-from maxpretrain.nn.init import matrix
+from maxpretrain.nn.init import matrix, relative_table
 from maxpretrain.nn.linear import Linear
+from maxpretrain.nn.norm import make_norm
 from maxpretrain.nn.position import rotate
+from maxpretrain.nn.relative import T5Bias, disentangled_index, disentangled_scale, disentangled_scores
 
 Cache = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every layer of one forward pass shares.
-
-    Attributes:
-        segments: int32 [B, T], tokens of different segments do not see each other; None: one segment a row.
-        angles: cosines and sines of rotary positions, or None.
-        slots: int32 [B, T], decoding with a cache: the position that each token is written to. None: no cache.
-        kernel: "xla" or "cudnn".
-    """
-
-    segments: jax.Array | None = None
-    angles: tuple[jax.Array, jax.Array] | None = None
-    slots: jax.Array | None = None
-    kernel: str = "xla"
-
-
-def visible(context: Context, length: int, keys: int) -> jax.Array:
-    """Causal mask, within segments: bool [B or 1, T, S], true where the query may see the key."""
-    if context.slots is not None:
-        # A slot of the cache holds the position of its number; later ones are empty or left from padding.
-        return jnp.arange(keys)[None, None, :] <= context.slots[:, :, None]
-    mask = (jnp.arange(keys)[None, :] <= jnp.arange(length)[:, None])[None]
-    if context.segments is not None:
-        same = context.segments[:, :, None] == context.segments[:, None, :]
-        mask = jnp.logical_and(jnp.broadcast_to(mask, same.shape), same)
-    return mask
-
-
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, context: Context, *, rate: float = 0.0, key: jax.Array | None = None
-) -> jax.Array:
-    """softmax(q·kᵀ/√K)·v over the visible keys, softmax in float32.
-
-    Args:
-        q: [B, T, H, K].
-        k, v: [B, S, J, K], J dividing H: query heads h·H/J … share key-value head h.
-        rate, key: dropout on the attention weights.
-
-    Returns:
-        [B, T, H, K].
-
-    Reference: Vaswani et al. 2017, arXiv:1706.03762, §3.2; shared heads: Ainslie et al. 2023, arXiv:2305.13245.
-    """
-    if context.kernel == "cudnn" and context.slots is None and (rate == 0.0 or key is None):
-        mask = None if context.segments is None else visible(context, q.shape[1], k.shape[1])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
-    b, t, h, width = q.shape
-    j = k.shape[2]
-    groups = h // j
-    q = q * jnp.asarray(1.0 / math.sqrt(width), q.dtype)
-    q = q.reshape(b, t, j, groups, width).transpose(0, 2, 3, 1, 4).reshape(b, j, groups * t, width)
-    mask = jnp.tile(visible(context, t, k.shape[1])[:, None], (1, 1, groups, 1))
-    y = _attend(rate, q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, key)
-    return y.reshape(b, j, groups, t, width).transpose(0, 3, 1, 2, 4).reshape(b, t, h, width)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rate: float, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
-    """softmax(q·kᵀ)·v where `mask`, with the N = T·H/J queries of all heads that share keys in a row.
-
-    A gradient of its own, for JAX's takes more passes over [N, S], which on a CPU cost as much as the products. Four axes,
-    since XLA copies more when it is given a fifth, even of size one.
-
-    Args:
-        q: [B, J, N, K], scaled.
-        k, v: [B, J, S, K].
-        mask: bool [B or 1, 1, N, S].
-    """
-    return _attend_forward(rate, q, k, v, mask, key)[0]
-
-
-def _attend_forward(rate: float, q: Any, k: Any, v: Any, mask: Any, key: Any) -> tuple[jax.Array, Any]:
-    scores = jnp.einsum("bjnk,bjsk->bjns", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    # Weights are powers · share; both are kept apart, so that the division is of [N, K] rather than [N, S].
-    powers = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-    share = 1.0 / jnp.sum(powers, -1, keepdims=True)
-    y = jnp.einsum("bjns,bjsk->bjnk", dropout(powers, rate, key).astype(v.dtype), v, preferred_element_type=jnp.float32)
-    y = (y * share).astype(q.dtype)
-    return y, (q, k, v, powers, share, y, key)
-
-
-def _attend_backward(rate: float, saved: Any, dy: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, k, v, powers, share, y, key = saved
-    d_weights = jnp.einsum("bjnk,bjsk->bjns", dy, v, preferred_element_type=jnp.float32)
-    wide = dy.astype(jnp.float32)
-    mean = jnp.sum(wide * y.astype(jnp.float32), -1, keepdims=True)  # Σ_s weights·d_weights, without a pass over [N, S]
-    d_scores = (powers * ((dropout(d_weights, rate, key) - mean) * share)).astype(q.dtype)
-    dq = jnp.einsum("bjns,bjsk->bjnk", d_scores, k)
-    # The narrow operand first, as in linear.py.
-    dk = jnp.einsum("bjnk,bjns->bjks", q, d_scores).swapaxes(2, 3)
-    dropped = dropout(powers, rate, key).astype(v.dtype)
-    dv = jnp.einsum("bjnk,bjns->bjks", (wide * share).astype(v.dtype), dropped).swapaxes(2, 3)
-    return dq, dk, dv, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+Local = bool | jax.Array
 
 
 class Attention(Module):
-    """Causal self-attention with H query heads and J key-value heads of width K."""
+    """Attention with H query heads and J key-value heads of width K: to the sequence itself, or to a memory (`cross`)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, causal: bool, cross: bool = False):
         d, h, j, k = config.model_dim, config.num_heads, config.kv_heads, config.head_width
         bias = config.bias if config.qkv_bias is None else config.qkv_bias
         project = partial(Linear, {"embed": d}, bias=bias)
-        self.query = project({"heads": h, "head_dim": k}, matrix(config, d, h * k))
+        self.query = project({"heads": h, "head_dim": k}, matrix(config, d, h * k, query_width=k))
         self.key = project({"kv_heads": j, "head_dim": k}, matrix(config, d, j * k))
         self.value = project({"kv_heads": j, "head_dim": k}, matrix(config, d, j * k))
         self.out = Linear(
             {"heads": h, "head_dim": k},
             {"embed": d},
             matrix(config, h * k, d, residual=True),
-            bias=config.bias,
+            bias=config.bias if config.out_bias is None else config.out_bias,
             bias_axes=("width",),
         )
-        self.rate = config.dropout
+        norms = config.qk_norm != "none"
+        over = (h * k, j * k) if config.qk_norm == "projection" else (k, k)
+        self.query_norm = make_norm(config, over[0]) if norms else None
+        self.key_norm = make_norm(config, over[1]) if norms else None
+        relative = config.relative
+        self.bias = (
+            T5Bias(h, relative, relative_table(config), bidirectional=not causal)
+            if config.position == "t5" and relative.per_layer and not cross
+            else None
+        )
+        self.disentangled = config.position == "disentangled" and not cross
+
+        own = relative.terms if self.disentangled and not relative.share_projections else ()
+        place = partial(project, {"heads": h, "head_dim": k}, matrix(config, d, h * k))
+        self.relative_query = place() if "p2c" in own else None
+        self.relative_key = place() if "c2p" in own else None
+        self.config, self.cross = config, cross
 
     def __call__(
-        self, x: jax.Array, context: Context, *, key: jax.Array | None, cache: Cache | None = None
+        self,
+        x: jax.Array,
+        context: Context,
+        *,
+        key: jax.Array | None,
+        cache: Cache | None = None,
+        local: Local = False,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this call's keys and values in it.
 
         Args:
-            cache: {"key", "value"}, each [B, S, J, K]; needs `context.slots`.
+            cache: {"key", "value"}, each [B, S, J, K]; needs `context.slots`. Of cross attention: what `remember` made.
+            local: bool or bool []: whether this layer looks through the window.
         """
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if context.angles is not None:
-            q, k = rotate(q, context.angles), rotate(k, context.angles)
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            # A slot beyond the cache is dropped rather than clamped onto the last one.
-            cache = {
-                "key": cache["key"].at[rows, context.slots].set(k.astype(cache["key"].dtype), mode="drop"),
-                "value": cache["value"].at[rows, context.slots].set(v.astype(cache["value"].dtype), mode="drop"),
-            }
-            k, v = cache["key"].astype(q.dtype), cache["value"].astype(q.dtype)
+        q = self._normed(self.query(x), self.query_norm)
+        if self.cross:
+            made = cache if cache is not None else self.remember(context.memory)
+            k, v = made["key"].astype(q.dtype), made["value"].astype(q.dtype)
+            mask, plain, bias = memory_visible(context, x.shape[1], k.shape[1]), False, None
+        else:
+            k, v = self._normed(self.key(x), self.key_norm), self.value(x)
+            q, k = self._turned(q, k, context, local)
+            if cache is not None:
+                cache = store(cache, context, {"key": k, "value": v})
+                k, v = cache["key"].astype(q.dtype), cache["value"].astype(q.dtype)
+            mask, plain = seen(context, x.shape[1], k.shape[1], local)
+            bias = self._bias(q, k, context)
         q = constrain(q, "batch", "length", "heads", None)
         k, v = (constrain(a, "batch", "length", "kv_heads", None) for a in (k, v))
-        attended = attend(q, k, v, context, rate=self.rate, key=key)
+        config = self.config
+        attended = attend(
+            q,
+            k,
+            v,
+            mask,
+            kernel=context.kernel if context.slots is None else "xla",
+            causal=plain,
+            bias=bias,
+            scale=self._scale(),
+            softcap=config.attention_softcap,
+            rate=config.dropout,
+            key=key,
+        )
         return self.out(constrain(attended, "batch", "length", "heads", None)), cache
+
+    def remember(self, memory: jax.Array) -> Cache:
+        """Keys and values of the encoder's hidden states [B, S, D], for `cache` of cross attention."""
+        return {"key": self._normed(self.key(memory), self.key_norm), "value": self.value(memory)}
+
+    def _normed(self, x: jax.Array, norm: Module | None) -> jax.Array:
+        if norm is None:
+            return x
+        if self.config.qk_norm == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+    def _turned(self, q: jax.Array, k: jax.Array, context: Context, local: Local) -> tuple[jax.Array, jax.Array]:
+        angles = chosen_angles(context, local)
+        if angles is None:
+            return q, k
+        layout = self.config.rope.layout
+        return rotate(q, angles, layout), rotate(k, angles, layout)
+
+    def _scale(self) -> float | None:
+        config = self.config
+        if config.attention_scale is not None:
+            return config.attention_scale
+        if self.disentangled:
+            return disentangled_scale(config.head_width, config.relative.terms)
+        return None if config.mup_base is None else mup_scale(config, config.head_width)
+
+    def _bias(self, q: jax.Array, k: jax.Array, context: Context) -> jax.Array | None:
+        if self.bias is not None:
+            return t5_scores(self.bias, context, q.shape[1], k.shape[1])
+        if not self.disentangled:
+            return context.bias
+        relative, table = self.config.relative, context.relative
+        assert table is not None
+        r_key = (self.relative_key or self.key)(table) if "c2p" in relative.terms else None
+        r_query = (self.relative_query or self.query)(table) if "p2c" in relative.terms else None
+        index = disentangled_index(q.shape[1], k.shape[1], relative)
+        return disentangled_scores(q, k, r_query, r_key, index, self._scale())
+
+
+def t5_scores(bias: T5Bias, context: Context, length: int, keys: int) -> jax.Array:
+    """float32 [B or 1, H, T, S]; while decoding by the slots of the tokens."""
+    if context.slots is None:
+        return bias.by_rows(length, keys)
+    return bias(context.slots, jnp.arange(keys, dtype=jnp.int32)[None])
+
+
+def mup_scale(config: ModelConfig, width: int) -> float:
+    """√K'/K, with K' the head width of the tuned model: 1/√K there, and falling as 1/K from it.
+
+    Reference: Yang et al. 2022, arXiv:2203.03466, §4.
+    """
+    base = width if config.mup_base_head is None else config.mup_base_head
+    return math.sqrt(base) / width
+
+
+def chosen_angles(context: Context, local: Local) -> Angles | None:
+    """The rotary angles of a layer, global or local."""
+    if context.angles is None or context.local_angles is None or local is False:
+        return context.angles
+    if local is True:
+        return context.local_angles
+    return tuple(jnp.where(local, a, b) for a, b in zip(context.local_angles, context.angles, strict=True))
+
+
+def seen(context: Context, length: int, keys: int, local: Local) -> tuple[jax.Array | None, bool]:
+    """The mask of a layer's self-attention, and whether it is the causal one and nothing more."""
+    windowed = context.window is not None and local is not False
+    plain = context.causal and context.segments is None and context.prefix is None and context.slots is None
+    return visible(context, length, keys, local), plain and not windowed
+
+
+def store(cache: Cache, context: Context, new: Cache) -> Cache:
+    """The cache with what this call made, each [B, T, ...], in the slots of its tokens."""
+    assert context.slots is not None
+    rows = jnp.arange(context.slots.shape[0])[:, None]
+    # A slot beyond the cache is dropped rather than clamped onto the last one.
+    return {
+        name: held.at[rows, context.slots].set(new[name].astype(held.dtype), mode="drop")
+        for name, held in cache.items()
+    }

@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from flax import nnx
 
 Module = nnx.Module
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-ROLES = ("matrix", "embedding", "position", "bias", "norm")
+# A "buffer" is stored and sharded like a parameter, but no gradient reaches it, and it does not count as one.
+ROLES = ("matrix", "embedding", "position", "bias", "norm", "buffer")
 
 # Parameters declared inside `stacked(n)` get a leading axis of n layers.
 _stack: contextvars.ContextVar[int | None] = contextvars.ContextVar("stack", default=None)
@@ -129,6 +130,7 @@ def scan(
     xs: Any,
     *,
     loop: bool,
+    layers: Sequence[int] | None = None,
     checkpoint_policy: Callable[..., Any] | None = None,
     remat: bool = False,
 ) -> tuple[Any, Any]:
@@ -136,8 +138,9 @@ def scan(
 
     Args:
         module: made inside `stacked(n)` and bound to arrays.
-        xs: pytree of arrays with a leading axis of n, or None leaves.
+        xs: pytree of arrays with a leading axis of as many as there are passes, or None leaves.
         loop: one compiled loop (compiles fast) or n copies (runs faster on CPU). Same values either way.
+        layers: which layer's parameters each pass has, some perhaps several times; None: each once, in order.
         remat: recompute the layer in the backward pass, but for what `checkpoint_policy` saves.
     """
     graph, state = nnx.split(module)
@@ -145,12 +148,26 @@ def scan(
     if remat:
         # Inside a scan CSE cannot merge the recomputation with the forward pass; unrolled it would, undoing the remat.
         step = jax.checkpoint(step, policy=checkpoint_policy, prevent_cse=not loop)
+    if loop and layers is not None and len(set(layers)) < len(layers):
+        # Shared by several passes, parameters stay where they are; only the number of the layer goes through the loop.
+        taken = jnp.asarray(layers, jnp.int32)
+        return jax.lax.scan(lambda c, i: step(c, (jax.tree.map(lambda a: a[i[0]], state), i[1])), carry, (taken, xs))
     if loop:
+        if layers is not None:
+            state = jax.tree.map(
+                lambda a: a[layers[0] : layers[-1] + 1], state
+            )  # in a row: other layers come between runs
         return jax.lax.scan(step, carry, (state, xs))
-    leaves, structure = jax.tree.flatten((state, xs))
-    columns = [_unstack(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else list(leaf) for leaf in leaves]
+    order = range(_leading(state)) if layers is None else layers
+    parts, structure = jax.tree.flatten(state)
+    columns = [_unstack(leaf) for leaf in parts]
+    rows = [jax.tree.unflatten(structure, [column[i] for column in columns]) for i in order]
     ys = []
-    for row in zip(*columns, strict=True):
-        carry, y = step(carry, jax.tree.unflatten(structure, row))
+    for i, row in enumerate(rows):
+        carry, y = step(carry, (row, jax.tree.map(lambda a: a[i], xs)))  # noqa: B023
         ys.append(y)
-    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *ys)
+    return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *ys)
+
+
+def _leading(state: Any) -> int:
+    return jax.tree.leaves(state)[0].shape[0]

@@ -35,7 +35,9 @@ def uniform(limit: float) -> Initializer:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit)
 
 
-def matrix(config: ModelConfig, fan_in: int, fan_out: int, *, residual: bool = False) -> Initializer:
+def matrix(
+    config: ModelConfig, fan_in: int, fan_out: int, *, residual: bool = False, query_width: int | None = None
+) -> Initializer:
     """The initializer of a weight matrix.
 
     Args:
@@ -43,10 +45,17 @@ def matrix(config: ModelConfig, fan_in: int, fan_out: int, *, residual: bool = F
         fan_out: outputs that each input feeds.
         residual: the matrix writes into the residual stream, whose variance would grow with depth:
             scaled by 1/√(2L) where the config asks for it.
+        query_width: K, for a projection to queries: T5 has 1/√K in it, and none in its attention.
 
-    Reference: Xavier: Glorot and Bengio 2010; He: He et al. 2015, arXiv:1502.01852; depth scaling: Radford et al. 2019, §2.3.
+    With muP the variance goes with 1/width.
+
+    Reference: muP: Yang et al. 2022, arXiv:2203.03466, table 8; Xavier: Glorot and Bengio 2010; He: He et al. 2015, arXiv:1502.01852; LeCun: LeCun et al. 1998, Efficient
+    BackProp, §4.6; depth scaling: Radford et al. 2019, §2.3; T5: Raffel et al. 2020, arXiv:1910.10683, and Shazeer and
+    Stern 2018, arXiv:1804.04235, §9.
     """
     scale = 1.0 / math.sqrt(2 * config.num_layers) if residual and config.depth_scaled_init else 1.0
+    if config.init in ("normal", "truncated_normal"):  # the others go by the inputs already
+        scale *= math.sqrt(config.mup_ratio)
     match config.init:
         case "normal":
             return normal(scale * config.init_std)
@@ -56,4 +65,18 @@ def matrix(config: ModelConfig, fan_in: int, fan_out: int, *, residual: bool = F
             return uniform(scale * math.sqrt(6.0 / (fan_in + fan_out)))
         case "he_normal":
             return normal(scale * math.sqrt(2.0 / fan_in))
+        case "lecun_normal":
+            return normal(scale / math.sqrt(fan_in))
+        case "t5":
+            return normal(scale / math.sqrt(fan_in * (query_width or 1)))
     raise ValueError(config.init)
+
+
+def table(config: ModelConfig) -> Initializer:
+    """The initializer of embeddings and position tables."""
+    return normal(config.init_std)
+
+
+def relative_table(config: ModelConfig) -> Initializer:
+    """The initializer of a table by distance."""
+    return normal(1.0 / math.sqrt(config.model_dim) if config.init == "t5" else config.init_std)

@@ -19,6 +19,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "squared_relu": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -28,13 +29,15 @@ class MLP(Module):
     Reference: Vaswani et al. 2017, arXiv:1706.03762, §3.3; gated: Shazeer 2020, arXiv:2002.05202.
     """
 
-    def __init__(self, config: ModelConfig):
-        d, f = config.model_dim, config.mlp_width
-        wide = partial(Linear, {"embed": d}, {"mlp": f}, matrix(config, d, f), bias=config.bias)
+    def __init__(self, config: ModelConfig, width: int | None = None):
+        """`width`: hidden width; None: the config's."""
+        d, f = config.model_dim, config.mlp_width if width is None else width
+        bias = config.bias if config.mlp_bias is None else config.mlp_bias
+        wide = partial(Linear, {"embed": d}, {"mlp": f}, matrix(config, d, f), bias=bias)
         self.up = wide()
         self.gate = wide() if config.gated else None
         self.down = Linear(
-            {"mlp": f}, {"embed": d}, matrix(config, f, d, residual=True), bias=config.bias, bias_axes=("width",)
+            {"mlp": f}, {"embed": d}, matrix(config, f, d, residual=True), bias=bias, bias_axes=("width",)
         )
         self.activation = config.activation
 

@@ -1,4 +1,4 @@
-"""Normalization over the model width. Statistics in float32 whatever the compute dtype."""
+"""Normalization over the last axis. Statistics in float32 whatever the compute dtype."""
 
 from __future__ import annotations
 
@@ -34,27 +34,30 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
-    """x/√(mean of squares + ε) · scale.
+    """x/√(mean of squares + ε) · scale, or · (1 + scale), where weight decay pulls towards no scaling.
 
-    Reference: Zhang and Sennrich 2019, arXiv:1910.07467.
+    Reference: Zhang and Sennrich 2019, arXiv:1910.07467; 1 + scale: Gemma Team 2024, arXiv:2403.08295.
     """
 
-    def __init__(self, dim: int, eps: float):
-        self.scale = param((dim,), ("width",), inits.ones, "norm")
-        self.eps = eps
+    def __init__(self, dim: int, eps: float, *, offset: bool = False):
+        self.scale = param((dim,), ("width",), inits.zeros if offset else inits.ones, "norm")
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] in any float dtype -> the same."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * _along(self.scale[...], y)).astype(x.dtype)
+        scale = self.scale[...]
+        return (y * _along(1.0 + scale if self.offset else scale, y)).astype(x.dtype)
 
 
 def _along(vector: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
-def make_norm(config: ModelConfig) -> LayerNorm | RMSNorm:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.model_dim, config.norm_eps)
-    return LayerNorm(config.model_dim, config.norm_eps, bias=config.bias)
+def make_norm(config: ModelConfig, dim: int | None = None) -> LayerNorm | RMSNorm:
+    """The norm of a config; `dim` None: over the model width."""
+    dim = config.model_dim if dim is None else dim
+    if config.norm != "layernorm":
+        return RMSNorm(dim, config.norm_eps, offset=config.norm == "rmsnorm_offset")
+    return LayerNorm(dim, config.norm_eps, bias=config.bias if config.norm_bias is None else config.norm_bias)

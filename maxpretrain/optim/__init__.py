@@ -23,10 +23,11 @@ __all__ = [
     "decay_mask",
     "global_norm",
     "schedule",
+    "update_scales",
 ]
 
-# Name -> build(config, learning_rate, decay_mask). A new optimizer is one file and one line here.
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule, Any], optax.GradientTransformation]] = {
+# Name -> build(config, learning_rate, decay_mask, scales). A new optimizer is one file and one line here.
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Schedule, Any, Any], optax.GradientTransformation]] = {
     "adamw": adamw.build,
 }
 
@@ -46,8 +47,26 @@ def decay_mask(abstract: Any) -> Any:
     return jax.tree.map(lambda spec: spec.role in DECAYED_ROLES, abstract, is_leaf=lambda leaf: hasattr(leaf, "role"))
 
 
+def update_scales(abstract: Any, ratio: float) -> Any:
+    """What each parameter's update is multiplied by: under muP, matrices between widths learn at a rate that falls with the width.
+
+    Args:
+        abstract: pytree whose leaves have a `role` and `axes`, as `Model.abstract`.
+        ratio: width of the tuned model by that of this one.
+
+    Returns:
+        Pytree of float; None where all would be 1.
+
+    Reference: Yang et al. 2022, Tensor Programs V, arXiv:2203.03466, table 8, Adam.
+    """
+    if ratio == 1.0:
+        return None
+    hidden = lambda spec: spec.role == "matrix" and "vocab" not in spec.axes  # noqa: E731
+    return jax.tree.map(lambda s: ratio if hidden(s) else 1.0, abstract, is_leaf=lambda leaf: hasattr(leaf, "role"))
+
+
 def build_optimizer(
-    config: OptimizerConfig, *, steps: int, tokens_per_step: int, decay_mask: Any
+    config: OptimizerConfig, *, steps: int, tokens_per_step: int, decay_mask: Any, scales: Any = None
 ) -> optax.GradientTransformation:
     """The update rule with its learning rate built in; clipping is apart (`clip`), so that the step can log the norm and
     decide on it.
@@ -57,6 +76,7 @@ def build_optimizer(
         steps: updates in the run.
         tokens_per_step: tokens of one update.
         decay_mask: pytree of bool, of the parameters' structure: where weight decay applies.
+        scales: pytree of float, of the parameters' structure, that updates are multiplied by; None: by 1. Not weight decay.
 
     Returns:
         An Optax transformation. Its state counts updates from 0; `update` needs the parameters.
@@ -68,4 +88,4 @@ def build_optimizer(
     if build is None:
         raise UserError(f'optimizer.name is "{config.name}", which is no optimizer{nearest(config.name, OPTIMIZERS)}')
     rate = schedule(config.schedule, peak_lr=config.peak_lr, steps=steps, tokens_per_step=tokens_per_step)
-    return build(config, rate, decay_mask)
+    return build(config, rate, decay_mask, scales)

@@ -34,7 +34,13 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def build(config: OptimizerConfig, learning_rate: Schedule, decay_mask: Any) -> optax.GradientTransformation:
+def _scaled(scales: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))
+
+
+def build(
+    config: OptimizerConfig, learning_rate: Schedule, decay_mask: Any, scales: Any = None
+) -> optax.GradientTransformation:
     """w ← w − η·(m̂ / (√v̂ + ε) + λ·w), with λ only where `decay_mask` is True.
 
     m ← β₁m + (1 − β₁)g and v ← β₂v + (1 − β₂)g²; m̂ = m/(1 − β₁ⁿ⁺¹), v̂ = v/(1 − β₂ⁿ⁺¹) at update n. Decay is multiplied by
@@ -45,6 +51,7 @@ def build(config: OptimizerConfig, learning_rate: Schedule, decay_mask: Any) -> 
         config: b1, b2, eps, weight_decay, moment_dtype.
         learning_rate: update number (int32 []) -> float32 [].
         decay_mask: pytree of bool, of the parameters' structure.
+        scales: pytree of float, of the parameters' structure, that m̂ / (√v̂ + ε) is multiplied by; None: by 1.
 
     Returns:
         `init(params)` and `update(grads, state, params)`, whose updates are to be added to the parameters.
@@ -54,6 +61,7 @@ def build(config: OptimizerConfig, learning_rate: Schedule, decay_mask: Any) -> 
     """
     inner = optax.chain(
         _adam(config),
+        *([] if scales is None else [_scaled(scales)]),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -142,8 +142,8 @@ def _modules(abstract: Any) -> tuple[tuple[Module, ...], tuple[str, ...]]:
     no_decay = []
     for (keys, spec), decayed in zip(leaves, decays, strict=True):
         path = _path(keys)
-        # stack.block.attention.query.kernel counts as stack.block.attention; embed.table as embed.
-        name = ".".join(path[:3] if spec.stacked else path[:1])
+        # decoder.stack.block.attention.query.kernel counts as decoder.stack.block.attention; embed.table as embed.
+        name = ".".join(path[:4] if spec.stacked else path[:2] if len(path) > 2 else path[:1])
         layers = spec.shape[0] if spec.stacked else 1
         module = modules.get(name, Module(name, layers, 0, 0))
         modules[name] = Module(name, layers, module.parameters + spec.size, module.decayed + spec.size * decayed)

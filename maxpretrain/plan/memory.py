@@ -48,7 +48,11 @@ def saved_per_token(
     width = model.model_dim
     query = model.num_heads * model.head_width / cut("heads")
     key_value = 2 * model.kv_heads * model.head_width / cut("kv_heads")
-    hidden = model.mlp_width / cut("mlp")
+    moe = model.moe
+    dense = (
+        len(moe.dense_layers) / model.num_layers if moe.num_experts else 1.0
+    )  # of the layers; an average of both kinds
+    hidden = (dense * model.mlp_width + (1 - dense) * (moe.top_k * model.expert_width + moe.shared_dim)) / cut("mlp")
     elements, mask = _SAVED_BY_ACTIVATION[model.activation]
     mlp = hidden * (itemsize * (elements + (2 if model.gated else 0)) + mask)
     # A flash kernel keeps its result and one number a query; ours also the powers in float32, and the result
@@ -88,7 +92,10 @@ def estimate(run: Run, model: Model, optimizer: optax.GradientTransformation, la
     saved = saved_per_token(config, batch.length, execution, layout)
     itemsize = 2 if execution.dtype == "bfloat16" else 4
     # Beside the layers: the embedding's output, and the last hidden states with their gradient.
-    per_token = config.num_layers * saved[execution.remat] + saved["none"] + 3 * itemsize * config.model_dim
+    layers = float(config.num_layers)
+    if config.architecture == "encoder-decoder":
+        layers += 1.5 * config.decoder_layers  # attention twice
+    per_token = layers * saved[execution.remat] + saved["none"] + 3 * itemsize * config.model_dim
     chunk = tokens / num_chunks(rows, batch.length, execution.loss_chunk, layout.extent("batch"))
     return {
         "parameters": parameters,

@@ -34,6 +34,11 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
 
     validate(run)
     environment.prepare_process(run)
+    from maxpretrain.train import start
+
+    run, origin, lines = start.resolve(run)
+    if run.init_from:
+        validate(run)
     run_dir = Path(run.root).expanduser() / run.name
     before = None if fresh else resume.previous(run_dir)
     changes = [] if before is None else resume.check_same_run(before, run, run_dir)
@@ -42,7 +47,7 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
 
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=before.model.vocab_size))
     with _directory(run_dir, fresh) as began:
-        return _session(run, run_dir, changes=changes, began=began, debug=debug)
+        return _session(run, run_dir, origin, said=[*lines, *changes], changes=changes, began=began, debug=debug)
 
 
 class _Began:
@@ -87,7 +92,9 @@ def _directory(run_dir: Path, fresh: bool) -> Iterator[_Began]:
         raise
 
 
-def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debug: bool) -> Path:
+def _session(
+    run: Run, run_dir: Path, origin: Any, *, said: list[str], changes: list[str], began: _Began, debug: bool
+) -> Path:
     import jax
 
     from maxpretrain.checkpoint import Checkpoints
@@ -101,7 +108,7 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
     ledger = Ledger()
     log = run_dir / "log.txt" if first else None
     with Console(run.steps, log, log_every=run.log.every) as console:
-        for line in changes:
+        for line in said:
             console.say(line)
         with ledger("prepare"):
             setups.precheck(run)
@@ -111,7 +118,7 @@ def _session(run: Run, run_dir: Path, *, changes: list[str], began: _Began, debu
                     console.say,
                     lambda stage, done, total: work.update(f"{stage} {done / 1e6:.1f} of {total / 1e6:.1f} MB"),
                 )
-            setup = setups.build(run, prepared)
+            setup = setups.build(run, prepared, origin)
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
             keep=run.checkpoint.keep,

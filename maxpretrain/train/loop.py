@@ -228,19 +228,24 @@ class Trainer:
             seconds = round(self.seconds, 3)
             self._write(self.step, {"tokens": self.step * self.run.tokens_per_step, "seconds": seconds} | metrics)
             self.console.evaluation(self.step, metrics)
-            config = self.run.evaluation
-            if config.prompts and config.sample_tokens:
-                texts = self.generator(
-                    self.state["params"],
-                    config.prompts,
-                    max_new_tokens=config.sample_tokens,
-                    temperature=config.temperature,
-                    seed=self.run.seed,
-                )
-                for prompt, text in zip(config.prompts, texts, strict=True):
-                    self._event("sample", step=self.step, prompt=prompt, text=text)
-                self.console.say("sample: " + " ⏎ ".join(f"{config.prompts[0]}{texts[0]}".splitlines()))
+            self._sample()
         return True
+
+    def _sample(self) -> None:
+        """Continues the prompts, for the report; an encoder continues nothing."""
+        config = self.run.evaluation
+        if self.setup.model.config.architecture == "encoder" or not (config.prompts and config.sample_tokens):
+            return
+        texts = self.generator(
+            self.state["params"],
+            config.prompts,
+            max_new_tokens=config.sample_tokens,
+            temperature=config.temperature,
+            seed=self.run.seed,
+        )
+        for prompt, text in zip(config.prompts, texts, strict=True):
+            self._event("sample", step=self.step, prompt=prompt, text=text)
+        self.console.say("sample: " + " ⏎ ".join(f"{config.prompts[0]}{texts[0]}".splitlines()))
 
     def _save(self, *, final: bool) -> None:
         # A final save of a step whose save is still on its way waits for it, and makes up for one that failed.

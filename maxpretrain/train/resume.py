@@ -14,6 +14,7 @@ from maxpretrain.errors import UserError
 # where it stands for all fields below it.
 FIXED = (
     "seed",
+    "init_from",
     "model.",
     "objective.",
     "tokenizer.",

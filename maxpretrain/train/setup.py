@@ -18,6 +18,8 @@ from maxpretrain.errors import UserError
 from maxpretrain.evaluate.perplexity import Evaluator
 from maxpretrain.mesh import Layout, make_layout
 from maxpretrain.models import Model
+from maxpretrain.rundir import RunDirectory
+from maxpretrain.train.start import initial_state
 from maxpretrain.train.state import State, abstract_state, init_state
 from maxpretrain.train.step import make_train_step
 
@@ -29,6 +31,7 @@ class Setup:
     Attributes:
         run: resolved: `model.vocab_size` is a number.
         choices: lines that say what was chosen for `auto`.
+        origin: the directory that the first parameters come from; None: fresh ones.
     """
 
     run: Run
@@ -39,6 +42,7 @@ class Setup:
     pipeline: Pipeline
     evaluator: Evaluator
     choices: list[str]
+    origin: RunDirectory | None = None
 
     @property
     def abstract_state(self) -> State:
@@ -53,6 +57,8 @@ class Setup:
         }
 
     def init(self) -> State:
+        if self.origin is not None:
+            return initial_state(self.model, self.optimizer, self.layout, self.origin)
         return init_state(self.model, self.optimizer, self.layout, self.run.seed)
 
     def train_step(self) -> Callable[..., Any]:
@@ -123,7 +129,7 @@ def precheck(run: Run) -> None:
     _learning_rate(run)
 
 
-def build(run: Run, prepared: Prepared) -> Setup:
+def build(run: Run, prepared: Prepared, origin: RunDirectory | None = None) -> Setup:
     """Assembles a run.
 
     Raises:
@@ -140,6 +146,7 @@ def build(run: Run, prepared: Prepared) -> Setup:
         steps=run.steps,
         tokens_per_step=run.tokens_per_step,
         decay_mask=optim.decay_mask(model.abstract),
+        scales=optim.update_scales(model.abstract, run.model.mup_ratio),
     )
     _check_prompts(run, prepared)
     pipeline = Pipeline(
@@ -163,4 +170,4 @@ def build(run: Run, prepared: Prepared) -> Setup:
         rows=layout.local_rows(part),
     )
     evaluator = Evaluator(model, run.objective, layout, batches, part)
-    return Setup(run, prepared, layout, model, optimizer, pipeline, evaluator, choices)
+    return Setup(run, prepared, layout, model, optimizer, pipeline, evaluator, choices, origin)

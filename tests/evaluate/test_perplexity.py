@@ -55,7 +55,7 @@ def evaluate(store, params, *, batch_size, devices=1, objective=None, length=8, 
 def in_numpy(store, params, length, mask_documents):
     """Mean negative log-likelihood and accuracy over the store, window by window, in float64."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    layer = jax.tree.map(lambda x: x[0], p["stack"]["block"])
+    layer = jax.tree.map(lambda x: x[0], p["decoder"]["stack"]["block"])
 
     def norm(x, w):
         centred = x - x.mean(-1, keepdims=True)
@@ -66,7 +66,7 @@ def in_numpy(store, params, length, mask_documents):
 
     def forward(tokens):
         n = len(tokens)
-        x = p["embed"]["table"][tokens] + p["positions"]["table"][:n]
+        x = p["embed"]["table"][tokens] + p["decoder"]["input"]["positions"]["table"][:n]
         y = norm(x, layer["attention_norm"])
         q, k, v = (linear(y, layer["attention"][name]) for name in ("query", "key", "value"))
         scores = np.einsum("thk,shk->hts", q, k) / math.sqrt(4)
@@ -76,7 +76,7 @@ def in_numpy(store, params, length, mask_documents):
         x = x + linear(np.einsum("hts,shk->thk", weights, v), layer["attention"]["out"], 2)
         y = linear(norm(x, layer["mlp_norm"]), layer["mlp"]["up"])
         y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-        x = norm(x + linear(y, layer["mlp"]["down"]), p["norm"])
+        x = norm(x + linear(y, layer["mlp"]["down"]), p["decoder"]["norm"])
         logits = x @ p["embed"]["table"].T
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 

@@ -171,7 +171,7 @@ def test_rotary_positions_are_relative():
 def test_initialization_is_of_the_size_that_the_config_says():
     config = dataclasses.replace(GPT, model_dim=128, num_heads=4, num_layers=8, init_std=0.02)
     params = jax.jit(build(config).init)(jax.random.key(0))
-    block = params["stack"]["block"]
+    block = params["decoder"]["stack"]["block"]
     assert np.std(params["embed"]["table"]) == pytest.approx(0.02, rel=0.05)
     assert np.std(block["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
     assert np.std(block["mlp"]["down"]["kernel"]) == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
@@ -183,9 +183,9 @@ def test_initialization_is_of_the_size_that_the_config_says():
         ("he_normal", math.sqrt(2 / 128)),
         ("truncated_normal", 0.02),
     ):
-        kernel = jax.jit(build(dataclasses.replace(config, init=init)).init)(jax.random.key(0))["stack"]["block"][
-            "mlp"
-        ]["up"]["kernel"]
+        kernel = jax.jit(build(dataclasses.replace(config, init=init)).init)(jax.random.key(0))["decoder"]["stack"][
+            "block"
+        ]["mlp"]["up"]["kernel"]
         assert np.std(kernel) == pytest.approx(size, rel=0.02), init
     assert np.abs(kernel).max() <= 2 * 0.02 / 0.8796 + 1e-6
 

@@ -16,6 +16,7 @@ from maxpretrain.nn.mlp import ACTIVATIONS
         ("squared_relu", -1.0, 0.0),
         ("squared_relu", 3.0, 9.0),
         ("silu", 1.0, 0.7310586),
+        ("tanh", 1.0, 0.7615942),
     ],
 )
 def test_values(name, x, value):

@@ -57,15 +57,15 @@ def test_parameters_by_module_and_their_decay():
     result = plan(GPT2, target="h200")
     assert {m.path: (m.layers, m.parameters, m.decayed) for m in result.modules} == {
         "embed": (1, 38_597_376, 38_597_376),
-        "positions": (1, 786_432, 0),
-        "norm": (1, 1_536, 0),
-        "stack.block.attention": (12, 28_348_416, 28_311_552),
-        "stack.block.attention_norm": (12, 18_432, 0),
-        "stack.block.mlp": (12, 56_669_184, 56_623_104),
-        "stack.block.mlp_norm": (12, 18_432, 0),
+        "decoder.input": (1, 786_432, 0),
+        "decoder.norm": (1, 1_536, 0),
+        "decoder.stack.block.attention": (12, 28_348_416, 28_311_552),
+        "decoder.stack.block.attention_norm": (12, 18_432, 0),
+        "decoder.stack.block.mlp": (12, 56_669_184, 56_623_104),
+        "decoder.stack.block.mlp_norm": (12, 18_432, 0),
     }
     assert result.decayed == 123_532_032
-    assert "positions.table" in result.no_decay
+    assert "decoder.input.positions.table" in result.no_decay
     assert not [path for path in result.no_decay if path.endswith("kernel")]
 
 
@@ -296,7 +296,7 @@ def test_render_and_json():
     text = render(result)
     for line in (
         "Parameters: 124,439,808, vocabulary 50,257 (model.vocab_size)",
-        "  weight decay 0.1, not on positions.table, 9 × bias, 3 × scale",
+        "  weight decay 0.1, not on decoder.input.positions.table, 9 × bias, 3 × scale",
         "Tokens: 8,192 per step (8 × 1024 tokens), 819,200 in 100 steps, 0.00658 per parameter",
         "  FLOPs per token        797,815,296     854,438,400",
         "Memory per device: 8 × NVIDIA H200, data 8",
@@ -307,5 +307,5 @@ def test_render_and_json():
     assert max(map(len, text.splitlines())) <= 120
     read = json.loads(json.dumps(result.to_dict()))
     assert read["parameters"] == 124_439_808
-    assert read["modules"][0]["path"] == "embed"
+    assert read["modules"][0]["path"] == "decoder.input"
     assert read["memory"]["parameters"] == 497_759_232

@@ -107,7 +107,7 @@ def test_moments_lie_where_their_parameter_lies():
             assert moment.sharding.shard_shape(moment.shape) == parameter.sharding.shard_shape(parameter.shape)
             moments += 1
     assert moments == 2 * len(jax.tree.leaves(state["params"]))
-    kernel = state["params"]["stack"]["block"]["mlp"]["up"]["kernel"]
+    kernel = state["params"]["decoder"]["stack"]["block"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 32)  # of (2, 32, 64): a quarter of D, half of F
 
 

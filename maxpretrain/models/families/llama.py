@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
-from maxpretrain.config import ModelConfig
+from typing import Any
+
+from maxpretrain.config import ModelConfig, RopeConfig
+from maxpretrain.models.families import gated
+from maxpretrain.models.families.naming import Name
+from maxpretrain.models.families.options import Options, rope_to
+
+MODEL_TYPE = "llama"
+CLASSES = {"LlamaForCausalLM": ("lm",), "LlamaForSequenceClassification": ("sequence",)}
+IGNORED = (r"rotary_emb\.inv_freq$",)
+PREFIX = ""
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def from_options(options: Options) -> ModelConfig:
+    bias = options.get("attention_bias", default=False)
+    mlp_bias = options.get("mlp_bias", default=False)
+    return gated.from_options(options, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+
+
+def to_options(model: ModelConfig) -> dict[str, Any]:
+    return (
+        gated.to_options(model)
+        | rope_to(model)
+        | {"attention_bias": gated.qkv_bias(model), "mlp_bias": gated.mlp_bias(model)}
+    )
+
+
+def names(model: ModelConfig) -> list[Name]:
+    return gated.names(model)
 
 
 def _size(
@@ -17,7 +46,7 @@ def _size(
         mlp_dim=mlp,
         max_length=length,
         position="rope",
-        rope_theta=theta,
+        rope=RopeConfig(theta=theta),
         norm="rmsnorm",
         norm_eps=1e-5,
         activation="silu",

@@ -1,0 +1,298 @@
+"""A run's network as a Hugging Face directory, checked by reading it back."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxpretrain import __version__
+from maxpretrain.config import ModelConfig
+from maxpretrain.convert import tensors
+from maxpretrain.convert.mapping import Mapping
+from maxpretrain.convert.published import open_published
+from maxpretrain.errors import StorageError, UserError
+from maxpretrain.models import build, families
+from maxpretrain.models.families.options import Options
+from maxpretrain.rundir import RunDirectory
+
+# What says how a network is trained, not what it computes: config.json has no place for all of it.
+_TRAINING = ("heads", "num_labels", "dropout", "init", "init_std", "depth_scaled_init", "mup_base")
+LENGTH = 64  # tokens of the texts on which the result is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The published class that a network can be.
+
+    Attributes:
+        family: its module.
+        class_name: as `architectures` in config.json.
+        options: keys of config.json.
+    """
+
+    family: ModuleType
+    class_name: str
+    options: dict[str, Any]
+
+
+def find_target(model: ModelConfig, model_type: str | None = None) -> Target:
+    """The class whose config.json says everything that this shape says.
+
+    Args:
+        model_type: of the family to prefer, where several say the same.
+
+    Raises:
+        UserError: none does; names the nearest class and the fields in which it differs.
+    """
+    tried: list[tuple[int, str, list[str]]] = []
+    # Where several say the same, the one that most programs read.
+    common = [families.FAMILIES[name] for name in ("llama", "gpt2", "bert", "t5")]
+    known = families.by_type(model_type) if model_type else None
+    common = common if known is None else [known, *(f for f in common if f is not known)]
+    for family in [*common, *(f for f in families.FAMILIES.values() if f not in common)]:
+        if not hasattr(family, "MODEL_TYPE"):
+            continue
+        class_name = next((name for name, heads in family.CLASSES.items() if heads == model.heads), None)
+        if class_name is None:
+            continue
+        try:
+            options = json.loads(json.dumps(family.to_options(model)))
+            back = family.from_options(Options(options))
+        except (UserError, KeyError, ValueError, TypeError, AssertionError):
+            continue
+        different = _differences(model, back)
+        if not different:
+            return Target(family, class_name, options)
+        tried.append((len(different), class_name, different))
+    if not tried:
+        raise UserError(f"no published class has a {model.architecture} with the heads {', '.join(model.heads)}")
+    _, name, different = min(tried, key=lambda one: one[0])
+    raise UserError(
+        f"no published class has this shape; the nearest is {name}, which differs in {', '.join(different[:4])}: train with what it "
+        "has to export to it"
+    )
+
+
+def _differences(model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Fields by which two networks compute something else."""
+    a, b = _resolved(model), _resolved(other)
+    differing = [name for name in a if a[name] != b.get(name)]
+    return [f"model.{name} ({_short(b.get(name))}, not {_short(a[name])})" for name in differing]
+
+
+def _short(value: Any) -> str:
+    return str(value) if len(str(value)) < 40 else f"{str(value)[:36]} …"
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """What a shape comes to: defaults in place of None, and nothing of what plays no part in it."""
+    fields = {name: value for name, value in dataclasses.asdict(model).items() if name not in _TRAINING}
+    fields |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_width, "mlp_dim": model.mlp_width}
+    fields |= {"embed_dim": model.embed_width, "num_decoder_layers": model.decoder_layers}
+    for part in ("qkv_bias", "out_bias", "mlp_bias", "norm_bias"):
+        fields[part] = model.bias if fields[part] is None else fields[part]
+    scaled = model.position == "sinusoidal" if model.embed_scale is None else model.embed_scale
+    fields["embed_scale"] = scaled
+    if model.norm != "layernorm":
+        fields.pop("norm_bias")
+    # `bias` itself is left in what the parts do not cover: projections around the embedding, and heads.
+    if model.embed_width == model.model_dim and not model.lm_transform and set(model.heads) <= {"lm"}:
+        fields.pop("bias")
+    if model.architecture != "encoder-decoder":
+        fields.pop("num_decoder_layers")
+    unused = {"rope": model.position != "rope", "relative": model.position not in ("t5", "disentangled")}
+    unused |= {"latent": not model.latent.kv_rank, "moe": not model.moe.num_experts}
+    if model.moe.num_experts:
+        # How many places an expert has is a matter of training: the reference drops no token.
+        fields["moe"] |= {"expert_dim": model.expert_width, "capacity": None}
+        fields["moe"]["dense_layers"] = tuple(sorted(model.moe.dense_layers))
+        unused["mlp_dim"] = not model.moe.dense_layers
+    unused["layer_pattern"] = True
+    unused["num_kv_heads"] = bool(model.latent.kv_rank)
+    unused["position_offset"] = model.position != "learned"
+    for name, no_part in unused.items():
+        if no_part:
+            fields.pop(name)
+    fields["local_layers"] = [model.is_local(i) for i in range(model.num_layers)]
+    return fields
+
+
+def export(run: RunDirectory, directory: Path, *, step: int | None = None, dtype: str = "float32") -> dict[str, Any]:
+    """Writes the files, loads them again, and compares.
+
+    Args:
+        run: whose network.
+        directory: to make; one that an earlier export made is replaced.
+        step: of the checkpoint; None: the last one.
+        dtype: of the file: "float32", "bfloat16" or "float16".
+
+    Returns:
+        "directory", "class", "step", "parameters", "dtype", "files", "notes"; and under "ours", and "transformers" where that is installed,
+        what `compare` found.
+
+    Raises:
+        UserError: the directory holds something else, or no published class has this shape; nothing was written.
+        StorageError: the disk is full, or what was read back differs from what was written.
+    """
+    directory = directory.absolute()
+    _check_free(directory)
+    model_config = run.config.model
+    step = run.step(step)
+    target = find_target(model_config, run.meta(step).get("model_type"))
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        params = run.params(step)
+        model = build(model_config)
+        mapping = Mapping(model, target.family.names(model_config))
+        extra = getattr(target.family, "extra", lambda model: {})(model_config)
+        files = tensors.write(partial, _sources(mapping, params, dtype, extra))
+        notes = _write_configs(partial, run, target, step, dtype)
+        found = {"ours": _compare_ours(partial, run, params)}
+        if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+            from maxpretrain.convert.reference import compare_reference
+
+            found["transformers"] = compare_reference(partial, target.class_name, model, params)
+        _replace(partial, directory)
+    except OSError as error:
+        raise StorageError(
+            f"{directory} could not be written: {error.strerror or error}; free space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    count = sum(int(np.prod(shape, dtype=np.int64)) for _, shape, _, _ in _sources(mapping, params, dtype, extra))
+    return {
+        "directory": str(directory),
+        "class": target.class_name,
+        "step": step,
+        "parameters": count,
+        "dtype": dtype,
+        "files": sorted(path.name for path in files),
+        "notes": notes,
+    } | found
+
+
+def _check_free(directory: Path) -> None:
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if not directory.exists():
+        return
+    try:
+        ours = "maxpretrain" in json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{directory} holds something that no export of ours made; name a new directory, or empty this one"
+        )
+
+
+def _replace(partial: Path, directory: Path) -> None:
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sources(mapping: Mapping, params: Any, dtype: str, extra: dict[str, np.ndarray]) -> Iterator[Any]:
+    kind = jnp.dtype(dtype)
+    for name, shape, make in mapping.store(params):
+        yield name, shape, kind, lambda make=make: make().astype(kind)
+    for name, value in extra.items():
+        yield name, value.shape, kind, lambda value=value: value.astype(kind)
+
+
+def _write_configs(directory: Path, run: RunDirectory, target: Target, step: int, dtype: str) -> list[str]:
+    """config.json, generation_config.json and the tokenizer's files; what is worth saying of these."""
+    from maxpretrain.convert.tokenizers import export_tokenizer, generation_config
+
+    model, tokenizer = run.config.model, run.tokenizer
+    config = {"architectures": [target.class_name], "model_type": target.family.MODEL_TYPE} | target.options
+    config |= {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
+    if {"sequence", "token"} & set(model.heads):
+        labels = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        config |= {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+    if model.decoder_start_id is not None:
+        config["decoder_start_token_id"] = model.decoder_start_id
+    if tokenizer is not None:
+        config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    config["maxpretrain"] = {"version": __version__, "run": run.config.name, "step": step}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is None:
+        return ["there is no tokenizer"]
+    notes = export_tokenizer(
+        tokenizer,
+        directory,
+        max_length=model.max_length,
+        architecture=model.architecture,
+        model_type=target.family.MODEL_TYPE,
+    )
+    if model.architecture != "encoder":
+        text = json.dumps(generation_config(tokenizer, model), indent=2) + "\n"
+        (directory / "generation_config.json").write_text(text, encoding="utf-8")
+    return notes
+
+
+def _compare_ours(directory: Path, run: RunDirectory, params: Any) -> dict[str, float]:
+    """What our own import makes of the files, against what went into them."""
+    back = open_published(directory)
+    if differing := _differences(run.config.model, back.config.model):
+        raise StorageError(f"config.json does not read back as the same network: {', '.join(differing)}")
+    model, loaded = build(run.config.model), back.params()
+    inputs = sample_inputs(run.config.model)
+    ask = jax.jit(lambda p: main_output(model, p, inputs))
+    return compare(np.asarray(ask(params)), np.asarray(ask(loaded)))
+
+
+def sample_inputs(model: ModelConfig) -> dict[str, jax.Array]:
+    """Random tokens [2, T], the same each time; not the first ids, of which one may be padding to the reference."""
+    assert model.vocab_size is not None
+    first = min(8, model.vocab_size // 2)
+    rng = np.random.default_rng(0)
+    shape = (2, min(LENGTH, model.max_length))
+    draw = lambda: jnp.asarray(rng.integers(first, model.vocab_size, shape), jnp.int32)  # noqa: E731
+    return {"tokens": draw()} | ({"decoder_tokens": draw()} if model.architecture == "encoder-decoder" else {})
+
+
+def main_output(model: Any, params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    """The logits where there are some; else what the first head says."""
+    output = model.apply(params, **inputs)
+    if "lm" in model.config.heads:
+        return model.logits(params, output.hidden)
+    said = model.head_outputs(params, output.hidden)
+    return next((value for name, value in said.items() if name.endswith("logits")), output.hidden)
+
+
+def compare(expected: np.ndarray, got: np.ndarray) -> dict[str, float]:
+    """Scores against scores of shape [..., V].
+
+    Returns:
+        "max_difference" of the scores, "kl" in nats a position, on average, and "agreement", the share of positions with the
+        same highest score.
+    """
+    a, b = (x.astype(np.float64) for x in (expected, got))
+    log_p, log_q = (x - _logsumexp(x) for x in (a, b))
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), -1)
+    return {
+        "max_difference": float(np.abs(a - b).max()),
+        "kl": float(kl.mean()),
+        "agreement": float((a.argmax(-1) == b.argmax(-1)).mean()),
+    }
+
+
+def _logsumexp(x: np.ndarray) -> np.ndarray:
+    top = x.max(-1, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(-1, keepdims=True))

@@ -1,0 +1,36 @@
+"""The exported files as the reference library reads them. Needs torch and transformers, which nothing else here does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxpretrain.convert.exporting import compare, main_output, sample_inputs
+from maxpretrain.errors import StorageError
+
+
+def compare_reference(directory: Path, class_name: str, model: Any, params: Any) -> dict[str, float]:
+    """Loads the directory with its class and compares what both say of random tokens.
+
+    Raises:
+        StorageError: the class finds a tensor missing or unexpected.
+    """
+    import torch
+    import transformers
+
+    reference, info = getattr(transformers, class_name).from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise StorageError(f"{class_name} reads the export with {kind.replace('_', ' ')}: {list(info[kind])[:3]}")
+    inputs = sample_inputs(model.config)
+    names = {"tokens": "input_ids", "decoder_tokens": "decoder_input_ids"}
+    with torch.no_grad():
+        said = reference.eval()(**{names[n]: torch.from_numpy(np.asarray(v, np.int64)) for n, v in inputs.items()})
+    scores = next(said[key] for key in ("prediction_logits", "logits") if key in said)
+    ours = jax.jit(lambda p: main_output(model, p, inputs))(params)
+    return compare(np.asarray(ours), scores.numpy())
