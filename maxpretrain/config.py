@@ -207,8 +207,11 @@ def _validate_schedule(schedule: ScheduleConfig, total: int) -> None:
         require(schedule.cycle > 0, f"optimizer.schedule.cycle is {schedule.cycle}; it must be above 0")
 
 
-def validate(run: Run) -> None:
+def validate(run: Run, *, resolved: bool = False) -> None:
     """Checks what can be known without devices, data or jax.
+
+    Args:
+        resolved: the model is the run's own even where `init_from` names another, which is checked when it is read.
 
     Raises:
         UserError: one sentence that names the field, its value and what would do.
@@ -225,7 +228,9 @@ def validate(run: Run) -> None:
         f"batch.size {batch.size} is not divisible by batch.microbatches {batch.microbatches}; use batch.size "
         f"{-(-batch.size // batch.microbatches) * batch.microbatches}",
     )
-    validate_model(run.model, batch.length)
+    own_model = resolved or not run.init_from
+    if own_model:
+        validate_model(run.model, batch.length)
     total = run.steps * (run.tokens_per_step if run.optimizer.schedule.unit == "tokens" else 1)
     _validate_schedule(run.optimizer.schedule, total)
     opt = run.optimizer
@@ -277,4 +282,5 @@ def validate(run: Run) -> None:
         all(n >= 1 or n == -1 for n in axes.values()) and list(axes.values()).count(-1) <= 1,
         f"mesh {axes} must hold numbers of at least 1, and -1 at most once",
     )
-    run.objective.validate(run)
+    if own_model:
+        run.objective.validate(run)

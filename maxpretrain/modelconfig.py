@@ -225,11 +225,49 @@ def validate_model(model: ModelConfig, length: int) -> None:
         "pair" not in model.heads or "pooler" in model.heads,
         'model.heads has "pair" without "pooler", which it reads; add "pooler"',
     )
+    _validate_combinations(model)
     encoder = model.architecture == "encoder"
     require(
         not model.lm_transform or encoder or "lm" in model.heads,
         'model.lm_transform needs "lm" in model.heads',
     )
+
+
+def _validate_combinations(model: ModelConfig) -> None:
+    """Options that are each possible, and not together."""
+    for wrong, what in (
+        (
+            model.architecture == "encoder-decoder" and model.parallel != "none",
+            'model.parallel with an encoder-decoder: a parallel block has no attention to the encoder; use "none"',
+        ),
+        (
+            model.architecture != "encoder" and model.position == "disentangled",
+            "model.position disentangled is for encoders; use rope, t5 or alibi",
+        ),
+        (
+            not model.first_norm and model.norm_placement not in ("pre", "sandwich"),
+            f'model.first_norm False is for norms before a sublayer, not for model.norm_placement "{model.norm_placement}"',
+        ),
+        (
+            model.layer_groups is not None and bool(model.moe.num_experts or not model.first_norm),
+            "model.layer_groups needs layers that are all alike: no experts, and model.first_norm True",
+        ),
+        (
+            "span_boundary" in model.heads and model.embed_width != model.model_dim,
+            'model.heads has "span_boundary", which needs model.embed_dim equal to model.model_dim',
+        ),
+        (
+            model.mup_base is not None
+            and (
+                model.latent.kv_rank > 0
+                or model.position == "disentangled"
+                or model.embed_dim is not None
+                or model.init == "t5"
+            ),
+            "model.mup_base does not go with latent attention, disentangled positions, model.embed_dim or init t5",
+        ),
+    ):
+        require(not wrong, what)
 
 
 def _validate_sizes(model: ModelConfig) -> None:
@@ -256,6 +294,7 @@ def _validate_sizes(model: ModelConfig) -> None:
         ("rope.factor", model.rope.factor),
     ):
         require(value > 0, f"model.{part} is {value}; it must be above 0")
+    require(model.position_offset >= 0, f"model.position_offset is {model.position_offset}; it must be at least 0")
     if model.vocab_size is not None:
         require(model.vocab_size >= 2, f"model.vocab_size is {model.vocab_size}; it must be at least 2")
     if model.layer_groups is not None:
@@ -308,6 +347,7 @@ def _validate_attention(model: ModelConfig) -> None:
         require(term in ("c2p", "p2c"), f'model.relative.terms has "{term}"; it takes "c2p" and "p2c"')
     if model.latent.kv_rank:
         require(model.position == "rope", "latent attention needs model.position rope")
+        require(model.latent.rope_dim >= 2, f"model.latent.rope_dim is {model.latent.rope_dim}; it must be at least 2")
         require(model.latent.rope_dim % 2 == 0, f"model.latent.rope_dim is {model.latent.rope_dim}; it must be even")
 
 
@@ -315,6 +355,7 @@ def _validate_experts(model: ModelConfig) -> None:
     moe = model.moe
     if not moe.num_experts:
         return
+    require(moe.groups >= 1, f"model.moe.groups is {moe.groups}; it must be at least 1")
     require(
         1 <= moe.top_k <= moe.num_experts,
         f"model.moe.top_k is {moe.top_k}; it must be from 1 to model.moe.num_experts {moe.num_experts}",

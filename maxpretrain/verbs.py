@@ -160,8 +160,9 @@ def _prepare(options: argparse.Namespace) -> int:
     run = configio.resolve(options.config, options.overrides)
     environment.prepare_process()
     from maxpretrain.data.prepare import prepare
+    from maxpretrain.train import start
 
-    prepared = prepare(run)
+    prepared = prepare(start.resolve(run)[0])
     result: dict[str, Any] = {"vocab_size": prepared.tokenizer.vocab_size}
     for part in ("train", "validation"):
         stores = getattr(prepared, part)
@@ -308,7 +309,7 @@ def _show_comparisons(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(_json(result))
         return
-    _show({name: value for name, value in result.items() if not isinstance(value, dict)}, False)
+    _show({name: value for name, value in result.items() if not isinstance(value, dict) and value != []}, False)
     for reader, found in result.items():
         if isinstance(found, dict):
             print(

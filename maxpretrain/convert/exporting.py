@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from maxpretrain.models.families.options import Options
 from maxpretrain.rundir import RunDirectory
 
 # What says how a network is trained, not what it computes: config.json has no place for all of it.
-_TRAINING = ("heads", "num_labels", "dropout", "init", "init_std", "depth_scaled_init", "mup_base")
+_TRAINING = ("heads", "num_labels", "dropout", "init", "init_std", "depth_scaled_init", "mup_base", "mup_base_head")
+MARK = "maxpretrain_export.json"
 LENGTH = 64  # tokens of the texts on which the result is compared
 
 
@@ -104,6 +106,9 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
         fields[part] = model.bias if fields[part] is None else fields[part]
     scaled = model.position == "sinusoidal" if model.embed_scale is None else model.embed_scale
     fields["embed_scale"] = scaled
+    fields["logit_scale"] = model.logit_scale * model.mup_ratio
+    if model.mup_base_head is not None and model.attention_scale is None:
+        fields["attention_scale"] = math.sqrt(model.mup_base_head) / model.head_width
     if model.norm != "layernorm":
         fields.pop("norm_bias")
     # `bias` itself is left in what the parts do not cover: projections around the embedding, and heads.
@@ -164,7 +169,16 @@ def export(run: RunDirectory, directory: Path, *, step: int | None = None, dtype
         if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
             from maxpretrain.convert.reference import compare_reference
 
-            found["transformers"] = compare_reference(partial, target.class_name, model, params)
+            try:
+                found["transformers"] = compare_reference(partial, target.class_name, model, params)
+            except StorageError:
+                raise
+            except Exception as error:  # what the library makes of its own class is no fault of the files
+                first = (str(error).splitlines() or [""])[0]
+                notes.append(f"transformers could not run {target.class_name}: {type(error).__name__}: {first[:200]}")
+        for reader, result in found.items():
+            _check_same(reader, result, dtype)
+        _mark(partial)
         _replace(partial, directory)
     except OSError as error:
         raise StorageError(
@@ -184,18 +198,43 @@ def export(run: RunDirectory, directory: Path, *, step: int | None = None, dtype
     } | found
 
 
+def _check_same(reader: str, found: dict[str, float], dtype: str) -> None:
+    """Refuses a result that is no rounding.
+
+    Raises:
+        StorageError: a score is not finite, or differs by more than the file's dtype explains.
+    """
+    limit = 1e-3 if dtype == "float32" else 0.5
+    if not all(math.isfinite(value) for value in found.values()) or found["max_difference"] > limit * found["scale"]:
+        raise StorageError(
+            f"what {reader} reads back differs by {found['max_difference']:.3g} in a logit, where the largest is {found['scale']:.3g}; "
+            f"nothing was written (dtype {dtype}: --dtype float32 loses nothing)"
+        )
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = (path for path in directory.rglob("*") if not path.is_dir())
+    return {path.relative_to(directory).as_posix(): path.lstat().st_size for path in files}
+
+
+def _mark(directory: Path) -> None:
+    """Notes what an export consists of, so that a later one knows what it may replace."""
+    (directory / MARK).write_text(json.dumps({"files": _sizes(directory)}, indent=1) + "\n", encoding="utf-8")
+
+
 def _check_free(directory: Path) -> None:
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if not directory.exists():
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     try:
-        ours = "maxpretrain" in json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
+        made = json.loads((directory / MARK).read_bytes())["files"]
+        there = _sizes(directory)
+        there.pop(MARK)
+        untouched = made == there
+    except (OSError, ValueError, TypeError, KeyError):
+        untouched = False
+    if not untouched:
         raise UserError(
-            f"{directory} holds something that no export of ours made; name a new directory, or empty this one"
+            f"{directory} holds something that no export of ours made, or that changed since; name a new directory, or empty this one"
         )
 
 
@@ -251,10 +290,9 @@ def _compare_ours(directory: Path, run: RunDirectory, params: Any) -> dict[str, 
     back = open_published(directory)
     if differing := _differences(run.config.model, back.config.model):
         raise StorageError(f"config.json does not read back as the same network: {', '.join(differing)}")
-    model, loaded = build(run.config.model), back.params()
     inputs = sample_inputs(run.config.model)
-    ask = jax.jit(lambda p: main_output(model, p, inputs))
-    return compare(np.asarray(ask(params)), np.asarray(ask(loaded)))
+    ask = lambda config, params: jax.jit(lambda p: main_output(build(config), p, inputs))(params)  # noqa: E731
+    return compare(np.asarray(ask(run.config.model, params)), np.asarray(ask(back.config.model, back.params())))
 
 
 def sample_inputs(model: ModelConfig) -> dict[str, jax.Array]:
@@ -280,7 +318,7 @@ def compare(expected: np.ndarray, got: np.ndarray) -> dict[str, float]:
     """Scores against scores of shape [..., V].
 
     Returns:
-        "max_difference" of the scores, "kl" in nats a position, on average, and "agreement", the share of positions with the
+        "max_difference" of the scores, "scale", the largest of them, "kl" in nats a position, on average, and "agreement", the share of positions with the
         same highest score.
     """
     a, b = (x.astype(np.float64) for x in (expected, got))
@@ -288,6 +326,7 @@ def compare(expected: np.ndarray, got: np.ndarray) -> dict[str, float]:
     kl = np.sum(np.exp(log_p) * (log_p - log_q), -1)
     return {
         "max_difference": float(np.abs(a - b).max()),
+        "scale": float(np.abs(a).max()),
         "kl": float(kl.mean()),
         "agreement": float((a.argmax(-1) == b.argmax(-1)).mean()),
     }

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from maxpretrain.config import ModelConfig, Run, TokenizerConfig
+from maxpretrain.configio import checked
 from maxpretrain.convert.tensors import TensorFiles
 from maxpretrain.errors import StorageError, UserError, nearest
+from maxpretrain.modelconfig import validate_model
 from maxpretrain.rundir import RunDirectory
 
 if TYPE_CHECKING:  # pragma: no cover
@@ -176,13 +178,24 @@ def open_published(path: Path) -> Published:
         raise UserError(
             f"{options.where} has a quantization_config, and quantized weights are not read; take the full ones"
         )
-    model = _with_heads(family, options, family.from_options(options))
+    try:
+        model = _with_heads(family, options, family.from_options(options))
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(
+            f"{options.where} has a value that cannot be: {error}; take the file that belongs to the weights"
+        ) from error
+    try:
+        validate_model(checked(Run(model=model)).model, 1)
+    except UserError as error:
+        raise UserError(f"{options.where} makes a network that cannot be: {error}") from error
     if hasattr(family, "refined"):
         with TensorFiles.open(path) as files:
             model = family.refined(model, files.names(), files.read)
     if model.vocab_size is None:
         raise UserError(f"{options.where} has no vocab_size; take the file that belongs to the weights")
+    length = min(256, model.max_length)
     run = Run(name=path.name or "imported", model=model, tokenizer=TokenizerConfig(kind="huggingface"))
+    run = run.replace(batch=dataclasses.replace(run.batch, length=length))
     published = Published(path, run, family=family, raw=raw)
     published.check()
     return published

@@ -21,6 +21,7 @@ def compare_reference(directory: Path, class_name: str, model: Any, params: Any)
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     reference, info = getattr(transformers, class_name).from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )

@@ -79,6 +79,7 @@ def _stores(directory: RunDirectory, data: Source | None, step: int) -> Sequence
     from maxpretrain.data.prepare import prepare, prepare_source
 
     config, tokenizer = directory.config, directory.tokenizer
+    config.objective.validate(config)
     if tokenizer is None:
         raise UserError(f"{directory.path} has no tokenizer, so no text can be given to it")
     if data is None and "imported" in directory.meta(step):

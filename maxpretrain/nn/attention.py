@@ -138,6 +138,7 @@ class Attention(Module):
         assert table is not None
         r_key = (self.relative_key or self.key)(table) if "c2p" in relative.terms else None
         r_query = (self.relative_query or self.query)(table) if "p2c" in relative.terms else None
+        assert context.slots is None, "validate_model lets no decoder have disentangled positions"
         index = disentangled_index(q.shape[1], k.shape[1], relative)
         return disentangled_scores(q, k, r_query, r_key, index, self._scale())
 

@@ -32,6 +32,10 @@ class CLM(Objective):
     def validate(self, run: Run) -> None:
         if run.model.architecture not in self.architectures:
             raise UserError(f"objective CLM needs a decoder; model.architecture is {run.model.architecture}")
+        if "lm" not in run.model.heads:
+            raise UserError(
+                f'objective CLM needs the head "lm"; model.heads are {", ".join(run.model.heads) or "none"}'
+            )
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if self.z_loss < 0:

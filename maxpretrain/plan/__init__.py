@@ -186,6 +186,11 @@ def plan(run: Run, target: str | None = None, mfu: float | None = None, devices:
         UserError: the config is wrong, or names a mesh that the devices do not make, as `train` would say.
     """
     validate(run)
+    if run.init_from:
+        from maxpretrain.train import start
+
+        run = start.resolve(run)[0]
+        validate(run, resolved=True)
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"mfu is {mfu}; it is a share of peak FLOP/s, above 0 and at most 1")
     vocab_size, vocab_source = _vocabulary(run)

@@ -36,11 +36,14 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
     environment.prepare_process(run)
     from maxpretrain.train import start
 
-    run, origin, lines = start.resolve(run)
-    if run.init_from:
-        validate(run)
     run_dir = Path(run.root).expanduser() / run.name
     before = None if fresh else resume.previous(run_dir)
+    origin, lines = None, []
+    if before is not None and run.init_from and before.init_from == run.init_from and _has_checkpoint(run_dir):
+        run = start.kept(run, before)
+    elif run.init_from:
+        run, origin, lines = start.resolve(run)
+        validate(run, resolved=True)
     changes = [] if before is None else resume.check_same_run(before, run, run_dir)
     if before is not None and before.model.vocab_size is not None and run.model.vocab_size is None:
         import dataclasses
@@ -48,6 +51,11 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=before.model.vocab_size))
     with _directory(run_dir, fresh) as began:
         return _session(run, run_dir, origin, said=[*lines, *changes], changes=changes, began=began, debug=debug)
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 class _Began:

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from maxpretrain.config import Run, TokenizerConfig
-from maxpretrain.convert.tokenizers import SENTENCEPIECE_FILES
-from maxpretrain.data.tokenizer import Tokenizer, load_tokenizer
-from maxpretrain.data.tokenizer_base import MANIFEST
+from maxpretrain.environment import cache_directory
 from maxpretrain.errors import UserError
 from maxpretrain.mesh import Layout
 from maxpretrain.models import Model, families
@@ -34,37 +32,43 @@ def resolve(run: Run) -> tuple[Run, RunDirectory | None, list[str]]:
     if not name:
         return run, None, []
     presets = {key: value for family in families.FAMILIES.values() for key, value in family.PRESETS.items()}
-    place = Path(name).expanduser()
-    if name in presets and not place.exists():
+    place = next((p for p in (Path(name).expanduser(), Path("runs", name)) if (p / "config.json").exists()), None)
+    if name in presets:
+        if place is not None:
+            raise UserError(
+                f'init_from "{name}" is a preset and a directory, {place}; name the directory by its whole path'
+            )
         model = dataclasses.replace(presets[name], dropout=run.model.dropout)
-        return run.replace(model=model), None, [f"model: the shape of {name}, with fresh parameters"]
+        said = f"model: the shape of {name}, with fresh parameters, in place of the config's (but for dropout)"
+        return run.replace(model=model), None, [said]
+    if place is not None and place.resolve() == Path(run.root, run.name).expanduser().resolve():
+        raise UserError(f"init_from {name} is the directory of this run; give the run another --name")
     directory = RunDirectory.open(name)
     model = dataclasses.replace(directory.config.model, dropout=run.model.dropout)
-    tokenizer = _tokenizer(run.tokenizer, directory)
-    lines = [f"model and first parameters: {directory.path}, step {directory.step()}"]
+    tokenizer = _tokenizer(run, directory)
+    lines = [f"model (but for dropout) and first parameters: {directory.path}, step {directory.step()}"]
     if tokenizer != run.tokenizer:
         lines.append(f"tokenizer: {tokenizer.path}")
     return run.replace(model=model, tokenizer=tokenizer), directory, lines
 
 
-def _tokenizer(asked: TokenizerConfig, directory: RunDirectory) -> TokenizerConfig:
-    """The tokenizer that the parameters were trained with, unless the run names a file of its own."""
-    if asked.path:
-        return asked
+def _tokenizer(run: Run, directory: RunDirectory) -> TokenizerConfig:
+    """The tokenizer that the parameters were trained with, copied to the cache, unless the run names a file of its own."""
+    if run.tokenizer.path:
+        return run.tokenizer
     tokenizer = directory.tokenizer
     if tokenizer is None:
         raise UserError(
             f"{directory.path} has no tokenizer, and another's ids mean nothing to its weights; set tokenizer.path"
         )
-    files = (MANIFEST, "tokenizer.json", *SENTENCEPIECE_FILES)
-    places = [directory.path / name for name in ("tokenizer", *files)]
-    path = next(place for place in places if place.exists() and _is(place, tokenizer))
-    path = path.parent if path.name == MANIFEST else path
-    return TokenizerConfig(kind=tokenizer.kind, path=str(path))  # type: ignore[arg-type]
+    folder = cache_directory(run) / f"tokenizer-{tokenizer.fingerprint[:20]}"
+    tokenizer.save(folder)
+    return TokenizerConfig(kind=tokenizer.kind, path=str(folder))  # type: ignore[arg-type]
 
 
-def _is(place: Path, tokenizer: Tokenizer) -> bool:
-    return load_tokenizer(place.parent if place.name == MANIFEST else place).fingerprint == tokenizer.fingerprint
+def kept(run: Run, before: Run) -> Run:
+    """The run that goes on from its own checkpoints: nothing is asked of where it once began."""
+    return run.replace(model=dataclasses.replace(before.model, dropout=run.model.dropout), tokenizer=before.tokenizer)
 
 
 def initial_state(

@@ -18,12 +18,12 @@ import maxpretrain as mp
 from maxpretrain import cli, configio
 from maxpretrain.checkpoint import Checkpoints
 from maxpretrain.config import BatchConfig, DataConfig, EvaluationConfig, ModelConfig, Run, TokenizerConfig
-from maxpretrain.convert import tensors
+from maxpretrain.convert import exporting, tensors
 from maxpretrain.convert.exporting import export, find_target
 from maxpretrain.convert.importing import import_directory
 from maxpretrain.convert.published import open_published
 from maxpretrain.data.tokenizer import Characters
-from maxpretrain.errors import UserError
+from maxpretrain.errors import StorageError, UserError
 from maxpretrain.models import build, families
 from maxpretrain.rundir import RunDirectory
 
@@ -79,7 +79,7 @@ def llama(tmp_path):
 def test_an_export_is_read_back_as_the_same_network(run, tmp_path):
     result = export(RunDirectory.open(run), tmp_path / "out")
     assert result["class"] == "LlamaForCausalLM"
-    assert result["ours"] == {"max_difference": 0.0, "kl": 0.0, "agreement": 1.0}
+    assert (result["ours"]["max_difference"], result["ours"]["kl"], result["ours"]["agreement"]) == (0.0, 0.0, 1.0)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
@@ -106,6 +106,29 @@ def test_a_shape_that_no_class_has_is_refused_with_the_nearest(tmp_path):
     ):
         export(RunDirectory.open(odd), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_somebody_added_to_is_left_alone(run, tmp_path):
+    out = tmp_path / "out"
+    export(RunDirectory.open(run), out)
+    (out / "README.md").write_text("my model card")
+    with pytest.raises(UserError, match="holds something that no export of ours made, or that changed since"):
+        export(RunDirectory.open(run), out)
+    assert (out / "README.md").read_text() == "my model card"
+
+
+def test_an_export_that_reads_back_otherwise_is_no_export(run, tmp_path, monkeypatch):
+    found = {"max_difference": 5.0, "scale": 6.0, "kl": 1.0, "agreement": 0.3}
+    monkeypatch.setattr(exporting, "_compare_ours", lambda *_: found)
+    with pytest.raises(StorageError, match="what ours reads back differs by 5 in a logit"):
+        export(RunDirectory.open(run), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_mup_scales_has_no_place_in_a_published_file():
+    wide = dataclasses.replace(MODEL, mup_base=8)
+    with pytest.raises(UserError, match=r"differs in model\.logit_scale"):
+        find_target(wide)
 
 
 def test_a_directory_of_something_else_is_left_alone(run, tmp_path):
@@ -167,12 +190,15 @@ def test_training_goes_on_from_published_weights(run, tmp_path):
     saved = RunDirectory.open(path)
     assert saved.config.model.num_layers == 2
     assert saved.tokenizer.encode("mat").tolist() == TOKENIZER.encode("mat").tolist()
-    assert "model and first parameters" in (path / "log.txt").read_text()
+    assert "first parameters: " in (path / "log.txt").read_text()
     # An untrained step would begin at another loss: these are the exported weights.
     start = mp.load(exported)
     store_loss = start.logits(np.asarray(TOKENIZER.encode("the cat sat on a mat"))[None])
     assert np.isfinite(store_loss).all()
     assert first["train/loss"] == pytest.approx(np.log(TOKENIZER.vocab_size), rel=0.05)
+    shutil.rmtree(exported)  # going on needs nothing of where it began
+    assert mp.train(config.replace(steps=4)) == path
+    saved = RunDirectory.open(path)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), saved.params(), start.params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.02  # three small steps away, not somewhere else
 
@@ -201,6 +227,11 @@ def rewrite(directory: Path, change) -> None:
         (lambda d: edit(d, hidden_act="xielu"), 'hidden_act is "xielu", and supported are'),
         (lambda d: edit(d, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), 'rope_type is "longrope"'),
         (lambda d: edit(d, hidden_size="gone"), "has no hidden_size"),
+        (lambda d: edit(d, hidden_size="32"), 'makes a network that cannot be: the config: model.model_dim is "32"'),
+        (lambda d: edit(d, num_attention_heads=0), "makes a network that cannot be: model.num_heads is 0"),
+        (lambda d: edit(d, num_key_value_heads=3), "is not divisible by model.num_kv_heads 3"),
+        (lambda d: edit(d, rope_scaling="linear"), "has a value that cannot be"),
+        (lambda d: edit(d, quantization_config={"quant_method": "fp8"}), "quantized weights are not read"),
         (lambda d: rewrite(d, lambda t: t.pop("model.norm.weight")), "has no tensor model.norm.weight"),
         (
             lambda d: rewrite(d, lambda t: t.update(extra=np.zeros(3, np.float32))),
@@ -216,7 +247,23 @@ def rewrite(directory: Path, change) -> None:
             "model.safetensors",
         ),
     ],
-    ids=["type", "class", "activation", "rope", "key", "missing", "extra", "shape", "weights", "truncated"],
+    ids=[
+        "type",
+        "class",
+        "activation",
+        "rope",
+        "key",
+        "text",
+        "zero",
+        "heads",
+        "scaling",
+        "quantized",
+        "missing",
+        "extra",
+        "shape",
+        "weights",
+        "truncated",
+    ],
 )
 def test_what_cannot_be_read_is_one_sentence_and_leaves_nothing(llama, tmp_path, damage, message):
     damage(llama)
