@@ -70,7 +70,9 @@ def find_target(model: ModelConfig, model_type: str | None = None) -> Target:
             continue
         try:
             options = json.loads(json.dumps(family.to_options(model)))
-            back = family.from_options(Options(options))
+            back = dataclasses.replace(
+                family.from_options(Options(options)), heads=model.heads, num_labels=model.num_labels
+            )
         except (UserError, KeyError, ValueError, TypeError, AssertionError):
             continue
         different = _differences(model, back)
@@ -259,7 +261,10 @@ def _write_configs(directory: Path, run: RunDirectory, target: Target, step: int
     from maxpretrain.convert.tokenizers import export_tokenizer, generation_config
 
     model, tokenizer = run.config.model, run.tokenizer
-    config = {"architectures": [target.class_name], "model_type": target.family.MODEL_TYPE} | target.options
+    config = {"architectures": [target.class_name], "model_type": target.family.MODEL_TYPE}
+    # Left out, they would be those of the reference's own tokenizer, which may lie outside this vocabulary.
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config |= run.meta(step).get("special_ids", {}) | target.options
     config |= {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
     if {"sequence", "token"} & set(model.heads):
         labels = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
@@ -267,7 +272,8 @@ def _write_configs(directory: Path, run: RunDirectory, target: Target, step: int
     if model.decoder_start_id is not None:
         config["decoder_start_token_id"] = model.decoder_start_id
     if tokenizer is not None:
-        config |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+        config |= {name: value for name, value in ids.items() if value is not None}
     config["maxpretrain"] = {"version": __version__, "run": run.config.name, "step": step}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if tokenizer is None:

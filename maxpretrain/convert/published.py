@@ -53,7 +53,8 @@ class Published(RunDirectory):
         return 0
 
     def meta(self, step: int) -> dict[str, Any]:
-        return {"imported": str(self.path), "model_type": self.family.MODEL_TYPE}
+        special = {name: value for name, value in self.raw.items() if name.endswith("_token_id")}
+        return {"imported": str(self.path), "model_type": self.family.MODEL_TYPE, "special_ids": special}
 
     def params(self, step: int | None = None, layout: Layout | None = None) -> dict[str, Any]:
         """The weights, float32, one parameter at a time in memory beside what is on the devices.
