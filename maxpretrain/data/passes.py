@@ -154,7 +154,17 @@ class Passes:
             if given >= num_bytes:
                 break
         if not given:
-            raise self._empty('", "'.join(s.name for s in self.sources[: self._num_train]), tally)
+            names = '", "'.join(s.name for s in self.sources[: self._num_train])
+            if (
+                any(route.mode != "all" for route in self.routes)
+                and not tally.bad
+                and sum(s.size for s in self.sources[: self._num_train])
+            ):
+                raise UserError(
+                    f'no text of "{names}" is left for training: all of it went to validation; give more documents, or keep the '
+                    "last part of the text instead: --data.split tail"
+                )
+            raise self._empty(names, tally)
 
     def _spread(self, share: float) -> Iterator[Task]:
         """About `share` of the training parts: one is taken whenever less than its share has been."""
