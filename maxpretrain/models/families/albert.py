@@ -70,29 +70,20 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="encoder",
+    return bert_like.shape(
         vocab_size=30_000,
         num_layers=layers,
         model_dim=dim,
         num_heads=heads,
         mlp_dim=4 * dim,
-        max_length=512,
         embed_dim=128,
-        embed_norm=True,
         token_types=2,
-        position="learned",
         norm_eps=1e-12,
-        norm_placement="post",
         activation="gelu_tanh",
         layer_groups=1,
         heads=("lm", "pooler", "pair"),
-        lm_transform=True,
-        lm_bias=True,
         dropout=0.0,
         init="truncated_normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -55,27 +55,16 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int, mlp: int | None = None) -> ModelConfig:
-    return ModelConfig(
-        architecture="encoder",
+    return bert_like.shape(
         vocab_size=30_522,
         num_layers=layers,
         model_dim=dim,
         num_heads=heads,
         mlp_dim=4 * dim if mlp is None else mlp,
-        max_length=512,
-        embed_norm=True,
         token_types=2,
-        position="learned",
         norm_eps=1e-12,
-        norm_placement="post",
-        activation="gelu",
         heads=("lm", "pooler", "pair"),
-        lm_transform=True,
-        lm_bias=True,
-        dropout=0.1,
         init="truncated_normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -14,34 +14,45 @@ RENAMED = ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))
 POSITION_IDS = r"embeddings\.position_ids$"
 
 
+def shape(**fields: Any) -> ModelConfig:
+    """A shape with what is usual here, where `fields` do not say otherwise."""
+    usual = {
+        "architecture": "encoder",
+        "max_length": 512,
+        "embed_norm": True,
+        "position": "learned",
+        "norm_placement": "post",
+        "activation": "gelu",
+        "lm_transform": True,
+        "lm_bias": True,
+        "dropout": 0.1,
+        "init_std": 0.02,
+        "depth_scaled_init": False,
+    }
+    return ModelConfig(**usual | fields)
+
+
 def from_options(options: Options, **more: Any) -> ModelConfig:
     """A shape from the keys that all of them have; `more` are fields that a family adds or has otherwise."""
     options.only("is_decoder", False)
     options.only("add_cross_attention", False)
     options.only("position_embedding_type", "absolute")
     fields: dict[str, Any] = {
-        "architecture": "encoder",
         "vocab_size": options.get("vocab_size"),
         "num_layers": options.get("num_hidden_layers"),
         "model_dim": options.get("hidden_size"),
         "num_heads": options.get("num_attention_heads"),
         "mlp_dim": options.get("intermediate_size"),
         "max_length": options.get("max_position_embeddings", default=512),
-        "embed_norm": True,
         "token_types": options.get("type_vocab_size", default=2),
-        "position": "learned",
         "norm_eps": options.get("layer_norm_eps", default=1e-12),
-        "norm_placement": "post",
         "activation": options.activation("hidden_act", default="gelu"),
-        "lm_transform": True,
-        "lm_bias": True,
         "tie_embeddings": options.get("tie_word_embeddings", default=True),
         "dropout": options.dropout("hidden_dropout_prob", "attention_probs_dropout_prob"),
         "init": "truncated_normal",
         "init_std": options.get("initializer_range", default=0.02),
-        "depth_scaled_init": False,
     }
-    return ModelConfig(**(fields | more))
+    return shape(**fields | more)
 
 
 def to_options(model: ModelConfig) -> dict[str, Any]:

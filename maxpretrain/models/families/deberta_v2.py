@@ -117,27 +117,16 @@ def _relative(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="encoder",
+    return bert_like.shape(
         vocab_size=128_100,
         num_layers=layers,
         model_dim=dim,
         num_heads=heads,
         mlp_dim=4 * dim,
-        max_length=512,
-        embed_norm=True,
         position="disentangled",
         relative=RelativeConfig(buckets=256, max_distance=512),
         norm_eps=1e-7,
-        norm_placement="post",
-        activation="gelu",
-        lm_transform=True,
-        lm_bias=True,
         pooler_activation="gelu",
-        dropout=0.1,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -86,25 +86,13 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 PRESETS = {
-    "distilbert-base": ModelConfig(
-        architecture="encoder",
+    "distilbert-base": bert_like.shape(
         vocab_size=30_522,
         num_layers=6,
         model_dim=768,
         num_heads=12,
         mlp_dim=3072,
-        max_length=512,
-        embed_norm=True,
-        position="learned",
         norm_eps=1e-12,
-        norm_placement="post",
-        activation="gelu",
-        lm_transform=True,
-        lm_bias=True,
         pooler_activation="relu",
-        dropout=0.1,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 }

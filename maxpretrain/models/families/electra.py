@@ -59,29 +59,18 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(head: str, layers: int, dim: int, heads: int, *, embed: int | None) -> ModelConfig:
-    return ModelConfig(
-        architecture="encoder",
+    return bert_like.shape(
         vocab_size=30_522,
         num_layers=layers,
         model_dim=dim,
         num_heads=heads,
         mlp_dim=4 * dim,
-        max_length=512,
         embed_dim=embed,
-        embed_norm=True,
         token_types=2,
-        position="learned",
         norm_eps=1e-12,
-        norm_placement="post",
-        activation="gelu",
         heads=(head,),
-        lm_transform=True,
-        lm_bias=True,
         pooler_activation="gelu",
-        dropout=0.1,
         init="truncated_normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -12,6 +12,21 @@ from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options, patt
 BLOCK = "decoder/stack/block"
 
 
+def shape(**fields: Any) -> ModelConfig:
+    """A shape with what is usual here, where `fields` do not say otherwise."""
+    usual = {
+        "position": "rope",
+        "norm": "rmsnorm",
+        "activation": "silu",
+        "gated": True,
+        "bias": False,
+        "tie_embeddings": False,
+        "init_std": 0.02,
+        "depth_scaled_init": False,
+    }
+    return ModelConfig(**usual | fields)
+
+
 def from_options(options: Options, **more: Any) -> ModelConfig:
     """A shape from the keys that all of them have; `more` are fields that a family adds or has otherwise."""
     fields: dict[str, Any] = {
@@ -23,15 +38,11 @@ def from_options(options: Options, **more: Any) -> ModelConfig:
         "head_dim": options.get("head_dim", default=None),
         "mlp_dim": options.get("intermediate_size"),
         "max_length": options.get("max_position_embeddings", default=2048),
-        "position": "rope",
-        "norm": "rmsnorm",
         "norm_eps": options.get("rms_norm_eps", default=1e-6),
-        "gated": True,
         "bias": False,
         "tie_embeddings": options.get("tie_word_embeddings", default=False),
         "dropout": options.dropout("attention_dropout"),
         "init_std": options.get("initializer_range", default=0.02),
-        "depth_scaled_init": False,
     }
     fields |= more
     fields.setdefault("rope", options.rope())
@@ -44,7 +55,7 @@ def from_options(options: Options, **more: Any) -> ModelConfig:
         fields["head_dim"] = None
     for part in ("qkv_bias", "out_bias", "mlp_bias"):
         fields[part] = None if fields.get(part) == fields["bias"] else fields.get(part)
-    return ModelConfig(**fields)
+    return shape(**fields)
 
 
 def to_options(model: ModelConfig) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def names(model: ModelConfig) -> list[Name]:
 def _size(
     layers: int, dim: int, heads: int, kv_heads: int, head_dim: int, mlp: int, scale: float | None = None
 ) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=256_000,
         num_layers=layers,
         model_dim=dim,
@@ -103,7 +103,6 @@ def _size(
         mlp_dim=mlp,
         max_length=8192,
         embed_scale=True,
-        position="rope",
         rope=RopeConfig(theta=1e4),
         norm="rmsnorm_offset",
         norm_eps=1e-6,
@@ -113,13 +112,8 @@ def _size(
         window=4096,
         layer_pattern=("local", "global"),
         activation="gelu_tanh",
-        gated=True,
-        bias=False,
         tie_embeddings=True,
         logit_softcap=30.0,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -58,7 +58,7 @@ def _size(
     large: bool = True,
 ) -> ModelConfig:
     stretched = RopeConfig(theta=1e6, local_theta=1e4, scaling="linear", factor=8.0)
-    return ModelConfig(
+    return gated.shape(
         vocab_size=262_208 if large else 262_144,
         num_layers=layers,
         model_dim=dim,
@@ -68,7 +68,6 @@ def _size(
         mlp_dim=mlp,
         max_length=131_072 if large else 32_768,
         embed_scale=True,
-        position="rope",
         rope=stretched if large else RopeConfig(theta=1e6, local_theta=1e4),
         norm="rmsnorm_offset",
         norm_eps=1e-6,
@@ -78,12 +77,7 @@ def _size(
         window=1024 if large else 512,
         layer_pattern=PATTERN,
         activation="gelu_tanh",
-        gated=True,
-        bias=False,
         tie_embeddings=True,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -37,7 +37,7 @@ def names(model: ModelConfig) -> list[Name]:
 def _size(
     layers: int, dim: int, heads: int, kv_heads: int, mlp: int, vocab: int, theta: float, length: int
 ) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=vocab,
         num_layers=layers,
         model_dim=dim,
@@ -45,17 +45,8 @@ def _size(
         num_kv_heads=kv_heads,
         mlp_dim=mlp,
         max_length=length,
-        position="rope",
         rope=RopeConfig(theta=theta),
-        norm="rmsnorm",
         norm_eps=1e-5,
-        activation="silu",
-        gated=True,
-        bias=False,
-        tie_embeddings=False,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

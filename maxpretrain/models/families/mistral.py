@@ -47,7 +47,7 @@ def _size(
     length: int = 32_768,
     window: int | None = None,
 ) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=vocab,
         num_layers=layers,
         model_dim=dim,
@@ -56,18 +56,9 @@ def _size(
         head_dim=None if 128 * heads == dim else 128,
         mlp_dim=mlp,
         max_length=length,
-        position="rope",
         rope=RopeConfig(theta=theta),
-        norm="rmsnorm",
         norm_eps=1e-5,
         window=window,
-        activation="silu",
-        gated=True,
-        bias=False,
-        tie_embeddings=False,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

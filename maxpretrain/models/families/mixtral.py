@@ -51,7 +51,7 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int, mlp: int, length: int) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=32_000,
         num_layers=layers,
         model_dim=dim,
@@ -59,18 +59,9 @@ def _size(layers: int, dim: int, heads: int, mlp: int, length: int) -> ModelConf
         num_kv_heads=8,
         mlp_dim=mlp,
         max_length=length,
-        position="rope",
         rope=RopeConfig(theta=1e6),
-        norm="rmsnorm",
         norm_eps=1e-5,
-        activation="silu",
-        gated=True,
         moe=MoEConfig(num_experts=8, top_k=2),
-        bias=False,
-        tie_embeddings=False,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

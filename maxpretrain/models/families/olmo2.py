@@ -37,7 +37,7 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int, kv_heads: int, mlp: int) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=100_352,
         num_layers=layers,
         model_dim=dim,
@@ -45,19 +45,10 @@ def _size(layers: int, dim: int, heads: int, kv_heads: int, mlp: int) -> ModelCo
         num_kv_heads=kv_heads,
         mlp_dim=mlp,
         max_length=4096,
-        position="rope",
         rope=RopeConfig(theta=5e5),
-        norm="rmsnorm",
         norm_eps=1e-6,
         norm_placement="output",
         qk_norm="projection",
-        activation="silu",
-        gated=True,
-        bias=False,
-        tie_embeddings=False,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -64,7 +64,7 @@ def _size(
     length: int = 131_072,
     eps: float = 1e-5,
 ) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=vocab,
         num_layers=layers,
         model_dim=dim,
@@ -72,18 +72,10 @@ def _size(
         num_kv_heads=kv_heads,
         mlp_dim=mlp,
         max_length=length,
-        position="rope",
         rope=RopeConfig(theta=1e6),
-        norm="rmsnorm",
         norm_eps=eps,
-        activation="silu",
-        gated=True,
-        bias=False,
         qkv_bias=True,
         tie_embeddings=tied,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

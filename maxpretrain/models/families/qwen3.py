@@ -31,7 +31,7 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int, mlp: int, *, tied: bool = False) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=151_936,
         num_layers=layers,
         model_dim=dim,
@@ -40,18 +40,10 @@ def _size(layers: int, dim: int, heads: int, mlp: int, *, tied: bool = False) ->
         head_dim=None if 128 * heads == dim else 128,
         mlp_dim=mlp,
         max_length=40_960,
-        position="rope",
         rope=RopeConfig(theta=1e6),
-        norm="rmsnorm",
         norm_eps=1e-6,
         qk_norm="head",
-        activation="silu",
-        gated=True,
-        bias=False,
         tie_embeddings=tied,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

@@ -64,7 +64,7 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int, mlp: int, expert: int) -> ModelConfig:
-    return ModelConfig(
+    return gated.shape(
         vocab_size=151_936,
         num_layers=layers,
         model_dim=dim,
@@ -73,19 +73,10 @@ def _size(layers: int, dim: int, heads: int, mlp: int, expert: int) -> ModelConf
         head_dim=128,
         mlp_dim=mlp,
         max_length=40_960,
-        position="rope",
         rope=RopeConfig(theta=1e6),
-        norm="rmsnorm",
         norm_eps=1e-6,
         qk_norm="head",
-        activation="silu",
-        gated=True,
         moe=MoEConfig(num_experts=128, top_k=8, expert_dim=expert),
-        bias=False,
-        tie_embeddings=False,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 

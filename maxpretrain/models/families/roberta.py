@@ -60,27 +60,15 @@ def names(model: ModelConfig) -> list[Name]:
 
 
 def _size(layers: int, dim: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="encoder",
+    return bert_like.shape(
         vocab_size=50_265,
         num_layers=layers,
         model_dim=dim,
         num_heads=heads,
         mlp_dim=4 * dim,
-        max_length=512,
-        embed_norm=True,
         token_types=1,
-        position="learned",
         position_offset=2,
         norm_eps=1e-5,
-        norm_placement="post",
-        activation="gelu",
-        lm_transform=True,
-        lm_bias=True,
-        dropout=0.1,
-        init="normal",
-        init_std=0.02,
-        depth_scaled_init=False,
     )
 
 
