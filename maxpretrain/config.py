@@ -185,7 +185,8 @@ class Run:
 def _validate_schedule(schedule: ScheduleConfig, total: int) -> None:
     require(
         0 <= schedule.warmup <= total,
-        f"optimizer.schedule.warmup is {schedule.warmup} {schedule.unit}, but the whole run has {total}; shorten the warmup or lengthen the run",
+        f"optimizer.schedule.warmup is {schedule.warmup} {schedule.unit}, but the whole run has {total}; lengthen the run, or give "
+        f"--optimizer.schedule.warmup {max(total // 10, 0)}",
     )
     require(
         schedule.final >= 0, f"optimizer.schedule.final is {schedule.final}; it is a factor of the peak, at least 0"
@@ -205,6 +206,37 @@ def _validate_schedule(schedule: ScheduleConfig, total: int) -> None:
         require(schedule.rate > 0, f"optimizer.schedule.rate is {schedule.rate}; it must be above 0")
     if schedule.cycle is not None:
         require(schedule.cycle > 0, f"optimizer.schedule.cycle is {schedule.cycle}; it must be above 0")
+
+
+def _validate_optimizer(opt: OptimizerConfig) -> None:
+    for part, value in (
+        ("optimizer.peak_lr", opt.peak_lr),
+        ("optimizer.eps", opt.eps),
+    ):
+        require(value > 0, f"{part} is {value}; it must be above 0")
+    for part in ("b1", "b2"):
+        require(0 <= getattr(opt, part) < 1, f"optimizer.{part} is {getattr(opt, part)}; it must be in [0, 1)")
+    for part in ("clip_norm", "clip_value"):
+        value = getattr(opt, part)
+        require(value is None or value > 0, f"optimizer.{part} is {value}; it must be above 0, or None for no clipping")
+    require(opt.weight_decay >= 0, f"optimizer.weight_decay is {opt.weight_decay}; it must be at least 0")
+
+
+def _validate_data(data: DataConfig) -> None:
+    require(bool(data.train), "data.train names no source; give a path, or `embedded`")
+    require(
+        not data.weights or len(data.weights) == len(data.train),
+        f"data.weights has {len(data.weights)} numbers for {len(data.train)} sources in data.train; give one each",
+    )
+    require(
+        all(w > 0 for w in data.weights), f"data.weights {data.weights} must all be above 0; leave a source out instead"
+    )
+    if not data.validation:
+        require(
+            0 < data.validation_fraction < 1,
+            f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1, or name data.validation sources",
+        )
+    require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
 
 
 def validate(run: Run, *, resolved: bool = False) -> None:
@@ -233,33 +265,8 @@ def validate(run: Run, *, resolved: bool = False) -> None:
         validate_model(run.model, batch.length)
     total = run.steps * (run.tokens_per_step if run.optimizer.schedule.unit == "tokens" else 1)
     _validate_schedule(run.optimizer.schedule, total)
-    opt = run.optimizer
-    for part, value in (
-        ("optimizer.peak_lr", opt.peak_lr),
-        ("optimizer.eps", opt.eps),
-    ):
-        require(value > 0, f"{part} is {value}; it must be above 0")
-    for part in ("b1", "b2"):
-        require(0 <= getattr(opt, part) < 1, f"optimizer.{part} is {getattr(opt, part)}; it must be in [0, 1)")
-    for part in ("clip_norm", "clip_value"):
-        value = getattr(opt, part)
-        require(value is None or value > 0, f"optimizer.{part} is {value}; it must be above 0, or None for no clipping")
-    require(opt.weight_decay >= 0, f"optimizer.weight_decay is {opt.weight_decay}; it must be at least 0")
-    data = run.data
-    require(bool(data.train), "data.train names no source; give a path, or `embedded`")
-    require(
-        not data.weights or len(data.weights) == len(data.train),
-        f"data.weights has {len(data.weights)} numbers for {len(data.train)} sources in data.train; give one each",
-    )
-    require(
-        all(w > 0 for w in data.weights), f"data.weights {data.weights} must all be above 0; leave a source out instead"
-    )
-    if not data.validation:
-        require(
-            0 < data.validation_fraction < 1,
-            f"data.validation_fraction is {data.validation_fraction}; it must be between 0 and 1, or name data.validation sources",
-        )
-    require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
+    _validate_optimizer(run.optimizer)
+    _validate_data(run.data)
     for part, value in (
         ("evaluation.every", run.evaluation.every),
         ("evaluation.batches", run.evaluation.batches),
@@ -268,13 +275,13 @@ def validate(run: Run, *, resolved: bool = False) -> None:
         ("checkpoint.every", run.checkpoint.every),
         ("compute.loss_chunk", run.compute.loss_chunk),
         ("compute.cpu_devices", run.compute.cpu_devices),
-        ("data.workers", data.workers),
+        ("data.workers", run.data.workers),
     ):
         require(value >= 0, f"{part} is {value}; it must be at least 0")
     for part, value in (
         ("log.every", run.log.every),
         ("checkpoint.keep", run.checkpoint.keep),
-        ("data.prefetch", data.prefetch),
+        ("data.prefetch", run.data.prefetch),
     ):
         require(value >= 1, f"{part} is {value}; it must be at least 1")
     axes = dataclasses.asdict(run.mesh)

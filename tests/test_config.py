@@ -59,7 +59,7 @@ SENTENCES = [
     ({"model__vocab_size": 1}, "model.vocab_size is 1; it must be at least 2"),
     (
         {"steps": 50},
-        "optimizer.schedule.warmup is 100 steps, but the whole run has 50; shorten the warmup or lengthen the run",
+        "optimizer.schedule.warmup is 100 steps, but the whole run has 50; lengthen the run, or give --optimizer.schedule.warmup 5",
     ),
     (
         {"optimizer__schedule__final": -0.1},

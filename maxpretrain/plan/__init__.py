@@ -197,10 +197,10 @@ def plan(run: Run, target: str | None = None, mfu: float | None = None, devices:
     run = run.replace(model=dataclasses.replace(run.model, vocab_size=vocab_size))
     where = find_target(target, devices)
     layouts = _layouts(run, where)
-    layout, count = layouts[0], len(where.devices)
+    layout = layouts[0]
 
     parts = layout.extent("batch")
-    execution, notes = hardware.resolve(run, where.devices[0], devices=count, batch_parts=parts)
+    execution, notes = hardware.resolve(run, where.devices[0], devices=len(where.devices), batch_parts=parts)
     model = build(run.model, execution)
     layout.check(model.abstract, run.batch.size, run.batch.microbatches)
     modules, no_decay = _modules(model.abstract)
@@ -212,49 +212,57 @@ def plan(run: Run, target: str | None = None, mfu: float | None = None, devices:
     fits = None if where.memory is None else total <= where.memory
     advice = "" if fits is not False else memory.what_would_fit(run, model, optimizer, layouts, where.memory)
 
-    causal, full = (flops_per_token(run.model, run.batch.length, causal=c) for c in (True, False))
-    step_tokens, tokens = run.tokens_per_step, run.tokens_per_step * run.steps
-    per_second = count * where.peak_flops * (mfu or DEFAULT_MFU) / causal
     return Plan(
-        name=run.name,
-        architecture=run.model.architecture,
-        vocab_size=vocab_size,
+        **_described(run, where, mfu),
         vocab_source=vocab_source,
         parameters=sum(m.parameters for m in modules),
         decayed=sum(m.decayed for m in modules),
-        weight_decay=run.optimizer.weight_decay,
         modules=modules,
         no_decay=no_decay,
-        steps=run.steps,
-        batch_size=run.batch.size,
-        length=run.batch.length,
-        microbatches=run.batch.microbatches,
-        tokens_per_step=step_tokens,
-        tokens=tokens,
-        flops_per_token=causal,
-        flops_per_token_full=full,
-        flops_per_step=causal * step_tokens,
-        flops_per_step_full=full * step_tokens,
-        flops=causal * tokens,
-        flops_full=full * tokens,
-        device=where.kind,
-        devices=count,
         mesh=layout.describe(),
         execution=dataclasses.asdict(execution),
         memory=need,
         memory_total=total,
-        memory_limit=where.memory,
         fits=fits,
         advice=advice,
-        peak_flops=where.peak_flops,
-        peak_source=where.peak_source,
-        mfu=mfu or DEFAULT_MFU,
-        mfu_source="assumed" if mfu is None else "given",
-        step_seconds=step_tokens / per_second,
-        tokens_per_second=per_second,
-        hours=tokens / per_second / 3600,
-        schedule=run.optimizer.schedule.shape,
-        peak_lr=run.optimizer.peak_lr,
-        learning_rate=_curve(run),
         notes=tuple(notes),
     )
+
+
+def _described(run: Run, where: Target, mfu: float | None) -> dict[str, Any]:
+    """What of a plan follows from the config, the devices' peak and the MFU alone: tokens, work, time, learning rate."""
+    causal, full = (flops_per_token(run.model, run.batch.length, causal=c) for c in (True, False))
+    step_tokens, tokens = run.tokens_per_step, run.tokens_per_step * run.steps
+    count, reached = len(where.devices), mfu or DEFAULT_MFU
+    per_second = count * where.peak_flops * reached / causal
+    return {
+        "name": run.name,
+        "architecture": run.model.architecture,
+        "vocab_size": run.model.vocab_size,
+        "weight_decay": run.optimizer.weight_decay,
+        "steps": run.steps,
+        "batch_size": run.batch.size,
+        "length": run.batch.length,
+        "microbatches": run.batch.microbatches,
+        "tokens_per_step": step_tokens,
+        "tokens": tokens,
+        "flops_per_token": causal,
+        "flops_per_token_full": full,
+        "flops_per_step": causal * step_tokens,
+        "flops_per_step_full": full * step_tokens,
+        "flops": causal * tokens,
+        "flops_full": full * tokens,
+        "device": where.kind,
+        "devices": count,
+        "memory_limit": where.memory,
+        "peak_flops": where.peak_flops,
+        "peak_source": where.peak_source,
+        "mfu": reached,
+        "mfu_source": "assumed" if mfu is None else "given",
+        "step_seconds": step_tokens / per_second,
+        "tokens_per_second": per_second,
+        "hours": tokens / per_second / 3600,
+        "schedule": run.optimizer.schedule.shape,
+        "peak_lr": run.optimizer.peak_lr,
+        "learning_rate": _curve(run),
+    }

@@ -56,7 +56,7 @@ def saved_per_token(
     elements, mask = _SAVED_BY_ACTIVATION[model.activation]
     mlp = hidden * (itemsize * (elements + (2 if model.gated else 0)) + mask)
     # A flash kernel keeps its result and one number a query; ours also the powers in float32, and the result
-    # by heads beside that by tokens (nn/attention.py).
+    # by heads beside that by tokens (nn/attend.py).
     weights = 4 * length * model.num_heads / cut("heads") + itemsize * query if execution.attention == "xla" else 0.0
     # Each norm keeps three float32 arrays; then q, k, v, the attention's result, and the inputs of the projections.
     none = 6 * 4 * width + itemsize * (2 * width + 2 * query + key_value) + mlp + weights
