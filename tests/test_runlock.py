@@ -147,8 +147,9 @@ def test_a_run_taken_over_is_noticed(tmp_path):
 
 def test_garbled_note_does_not_stop_a_run(tmp_path):
     tmp_path.joinpath("lock.json").write_text('{"host": ')
-    with lock(tmp_path, []):
-        pass
+    with lock(tmp_path, []) as held:
+        held.check()
+        assert json.loads(tmp_path.joinpath("lock.json").read_text())["pid"] == os.getpid()
 
 
 def test_unwritable_directory_is_one_sentence(tmp_path):

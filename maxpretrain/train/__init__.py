@@ -40,7 +40,7 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
     before = None if fresh else resume.previous(run_dir)
     origin, lines = None, []
     if before is not None and run.init_from and before.init_from == run.init_from and _has_checkpoint(run_dir):
-        run = start.kept(run, before)
+        run = start.kept(run, before, run_dir)
     elif run.init_from:
         run, origin, lines = start.resolve(run)
         validate(run, resolved=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from maxpretrain.config import Run, TokenizerConfig
+from maxpretrain.data.tokenizer import load_tokenizer
 from maxpretrain.environment import cache_directory
 from maxpretrain.errors import UserError
 from maxpretrain.mesh import Layout
@@ -66,8 +67,11 @@ def _tokenizer(run: Run, directory: RunDirectory) -> TokenizerConfig:
     return TokenizerConfig(kind=tokenizer.kind, path=str(folder))  # type: ignore[arg-type]
 
 
-def kept(run: Run, before: Run) -> Run:
-    """The run that goes on from its own checkpoints: nothing is asked of where it once began."""
+def kept(run: Run, before: Run, run_dir: Path) -> Run:
+    """The run that goes on from its own checkpoints: nothing is asked of where it once began, nor of the cache."""
+    place = Path(before.tokenizer.path).expanduser()
+    if place.parent == cache_directory(run) and not place.exists():
+        load_tokenizer(run_dir / "tokenizer").save(place)
     return run.replace(model=dataclasses.replace(before.model, dropout=run.model.dropout), tokenizer=before.tokenizer)
 
 

@@ -196,7 +196,8 @@ def test_training_goes_on_from_published_weights(run, tmp_path):
     store_loss = start.logits(np.asarray(TOKENIZER.encode("the cat sat on a mat"))[None])
     assert np.isfinite(store_loss).all()
     assert first["train/loss"] == pytest.approx(np.log(TOKENIZER.vocab_size), rel=0.05)
-    shutil.rmtree(exported)  # going on needs nothing of where it began
+    shutil.rmtree(exported)  # going on needs nothing of where it began, nor of the cache
+    shutil.rmtree(tmp_path / "cache")
     assert mp.train(config.replace(steps=4)) == path
     saved = RunDirectory.open(path)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), saved.params(), start.params)
