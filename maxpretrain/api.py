@@ -29,11 +29,11 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> LoadedRun:
     """A run's network with its parameters, ready to use.
 
     Args:
-        path: a run directory, or a run's name under runs/.
+        path: a run directory, a run's name under runs/, or a Hugging Face directory.
         step: of the checkpoint; None: the last one.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or a directory of others that cannot be read.
         StorageError: there is no such checkpoint, or it is damaged.
     """
     directory = RunDirectory.open(path)
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> LoadedRun:
     return LoadedRun(directory, step, directory.params(step), directory.tokenizer)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LoadedRun:
     """What `load` returns.
 
@@ -56,6 +56,10 @@ class LoadedRun:
     step: int
     params: dict[str, Any]
     tokenizer: Tokenizer | None
+
+    def __repr__(self) -> str:  # not the parameters, which a notebook would print in full
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"LoadedRun({str(self.directory.path)!r}, step={self.step}, {size:,} parameters, {self.tokenizer})"
 
     @property
     def config(self) -> Run:

@@ -296,7 +296,9 @@ def test_evaluate_on_the_validation_text_and_on_another(learned, tmp_path):
     own = mp.evaluate(learned)
     tail = TEXT[-len(TEXT) // 4 :]
     loss, accuracy = nll(learned, tail)
-    assert list(own) == ["step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"]
+    assert list(own) == ["step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes", "length"]
+    parameters = sum(x.size for x in jax.tree.leaves(learned.params))
+    assert repr(learned) == f"LoadedRun('{learned.directory.path}', step=5, {parameters:,} parameters, {TOKENIZER})"
     assert (own["step"], own["tokens"], own["bytes"]) == (5, 112, 112)
     assert own["loss"] == pytest.approx(loss, rel=1e-5)
     assert own["accuracy"] == pytest.approx(accuracy, rel=1e-5)

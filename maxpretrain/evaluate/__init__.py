@@ -30,7 +30,7 @@ def evaluate_run(run_dir: Source, data: Source | None = None, step: int | None =
 
     Returns:
         "step", "loss" (nats per predicted token), "perplexity" (of a generative network), "bits_per_byte", "accuracy" and what
-        else the objective reports, "tokens" and "bytes" of the text.
+        else the objective reports, "tokens" and "bytes" of the text, and "length" of the windows it was cut into.
 
     Raises:
         UserError: there is no such run or text, or the text holds nothing to predict.
@@ -121,4 +121,5 @@ def _measure(directory: RunDirectory, params: Any, stores: Sequence[Store], layo
     means = {name.removeprefix("eval/"): value for name, value in evaluator(params).items()}
     first = ("loss", "perplexity", "bits_per_byte", "accuracy")
     ordered = {name: means[name] for name in (*first, *means) if name in means}
-    return ordered | {"tokens": batches.num_tokens, "bytes": batches.num_bytes}
+    # The length counts: a token early in its window has little to go by.
+    return ordered | {"tokens": batches.num_tokens, "bytes": batches.num_bytes, "length": config.batch.length}
