@@ -29,6 +29,9 @@ class TokenizerConfig:
     vocab_size: int = 4096  # of a tokenizer to train
     algorithm: Literal["unigram", "bpe"] = "unigram"  # of a sentencepiece model to train
     user_symbols: tuple[str, ...] = ()  # pieces never split, each with an id of its own
+    control_symbols: tuple[
+        str, ...
+    ] = ()  # ids at the end of the vocabulary that no text has; the objective's own come by themselves
     sample_bytes: int = 20_000_000  # text that a tokenizer is trained on, at most
 
 
@@ -94,6 +97,18 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0  # gradients scaled to this global norm at most; None: never
     clip_value: float | None = None  # gradients clipped to ± this, elementwise; None: never
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the experts of a mixture evenly loaded; without experts it does nothing."""
+
+    loss: Literal["none", "switch", "switch_mean", "importance", "importance_mean_square", "sequence"] = (
+        "switch_mean"  # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even
+    )
+    weight: float = 0.01  # of that loss
+    z_weight: float = 0.0  # of the mean squared logsumexp of the router's logits; 1e-3 is usual
+    bias_rate: float = 0.001  # step of the balance bias, where model.moe.balance_bias is on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +182,7 @@ class Run:
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    balance: BalanceConfig = BalanceConfig()
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -273,6 +289,9 @@ def validate(run: Run, *, resolved: bool = False) -> None:
         ("evaluation.sample_tokens", run.evaluation.sample_tokens),
         ("evaluation.temperature", run.evaluation.temperature),
         ("checkpoint.every", run.checkpoint.every),
+        ("balance.weight", run.balance.weight),
+        ("balance.z_weight", run.balance.z_weight),
+        ("balance.bias_rate", run.balance.bias_rate),
         ("compute.loss_chunk", run.compute.loss_chunk),
         ("compute.cpu_devices", run.compute.cpu_devices),
         ("data.workers", run.data.workers),

@@ -16,8 +16,7 @@ from maxpretrain.errors import Diverged, UserError
 from maxpretrain.generate import bucket
 from maxpretrain.models import Model, build
 from maxpretrain.sampling import NOT_FINITE, Sampling, draw, settings
-
-MASKS = ("[MASK]", "<mask>")  # names that a tokenizer's mask may have
+from maxpretrain.vocabulary import MASKS
 
 
 class Candidate(NamedTuple):
@@ -204,9 +203,10 @@ class FillMask:
 
 def _mask_of(tokenizer: Tokenizer) -> tuple[str, int]:
     """The mask's name and id."""
-    for id in range(tokenizer.vocab_size):
-        if tokenizer.piece(id) in MASKS:
-            return tokenizer.piece(id), id
+    for name in MASKS:
+        found = tokenizer.id_of(name)
+        if found is not None:
+            return name, found
     raise UserError(
-        f"the {tokenizer.kind} tokenizer has no mask ({' or '.join(MASKS)}); train with one among tokenizer.user_symbols"
+        f"the {tokenizer.kind} tokenizer has no mask ({' or '.join(MASKS)}); a run whose objective masks trains one that has"
     )

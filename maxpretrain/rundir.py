@@ -121,7 +121,7 @@ class RunDirectory:
         """
         import jax
 
-        from maxpretrain import hardware, models
+        from maxpretrain import hardware
 
         device = jax.devices()[0] if layout is None else layout.mesh.devices.flat[0]
         run, compute = self.config, self.config.compute
@@ -136,7 +136,8 @@ class RunDirectory:
                 run = run.replace(compute=dataclasses.replace(compute, attention="xla"))
         devices, parts = (1, 1) if layout is None else (layout.num_devices, layout.extent("batch"))
         execution, _ = hardware.resolve(run, device, devices=devices, batch_parts=parts)
-        return models.build(run.model, execution if scan is None else dataclasses.replace(execution, scan=scan))
+        execution = execution if scan is None else dataclasses.replace(execution, scan=scan)
+        return run.objective.build(run.model, execution)
 
     def params(self, step: int | None = None, layout: Layout | None = None) -> dict[str, Any]:
         """The parameters of a checkpoint, verified: a nested dict of jax.Array.
@@ -163,11 +164,10 @@ def abstract_params(config: Run, layout: Layout | None = None) -> dict[str, Any]
     """Shapes, dtypes and (with a layout) placements of a run's parameters: jax.ShapeDtypeStruct."""
     import jax
 
-    from maxpretrain import models
     from maxpretrain.nn.base import Spec, is_spec
 
     def struct(spec: Spec) -> jax.ShapeDtypeStruct:
         place = None if layout is None else layout.sharding(spec.axes, len(spec.shape))
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place)
 
-    return jax.tree.map(struct, models.build(config.model).abstract, is_leaf=is_spec)
+    return jax.tree.map(struct, config.objective.build(config.model).abstract, is_leaf=is_spec)

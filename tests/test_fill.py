@@ -108,7 +108,9 @@ def test_texts_that_cannot_be_filled():
 
 
 def test_networks_and_tokenizers_that_cannot_fill():
-    with pytest.raises(UserError, match=r"the characters tokenizer has no mask .*; train with one among tokenizer"):
+    with pytest.raises(
+        UserError, match=r"the characters tokenizer has no mask .*; a run whose objective masks trains one"
+    ):
         FillMask(build(CONFIG), Characters("abc"))
     with pytest.raises(UserError, match="the tokenizer has 257 ids, but the model only 36"):
         FillMask(build(CONFIG), Bytes(["<mask>"]))

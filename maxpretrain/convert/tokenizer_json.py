@@ -304,7 +304,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 def _symbols(tokenizer: Any) -> tuple[list[str], list[str]]:
     """User symbols that a text can have, in the order in which they are looked for, and those that are control pieces."""
-    control = [s for s in tokenizer.symbols if s in SPECIAL.values()]
+    control = [s for s in tokenizer.symbols if tokenizer.is_control(s)]
     return sorted((s for s in tokenizer.symbols if s not in control), key=len, reverse=True), control
 
 
@@ -319,13 +319,14 @@ def _vocabulary(tokenizer: Any, spell: Callable[[str], str], alphabet: Iterable[
 
 
 def _bytes(tokenizer: Bytes) -> tokenizers.Tokenizer:
-    """BPE without merges. `ignore_merges` takes a user symbol whole; the cut at `<` keeps it from control pieces."""
+    """BPE without merges. `ignore_merges` takes a user symbol whole; a cut keeps it from control pieces."""
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
     matched, control = _symbols(tokenizer)
     made = tokenizers.Tokenizer(models.BPE(_vocabulary(tokenizer, _spell, _ALPHABET), [], ignore_merges=True))
-    cut = pre_tokenizers.Split(Regex("|".join([*map(re.escape, matched), "<"])), "isolated")
+    begin = sorted({name[0] for name in control})
+    cut = pre_tokenizers.Split(Regex("|".join(map(re.escape, [*matched, *begin, "<"]))), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

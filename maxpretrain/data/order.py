@@ -21,7 +21,7 @@ BLOCK = 1024  # global rows that are mixed, and planned, together; part of the o
 ROUNDS = 12  # of the Feistel network; part of the order (with 8, some permutations of 5 or 6 things come too often)
 
 # First word of a hash: uses of one seed never share their bits.
-ORDER, PHASE, MIX, EXAMPLE = 1, 2, 3, 4
+ORDER, PHASE, MIX, EXAMPLE, PARTNER = 1, 2, 3, 4, 5
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from maxpretrain.data.order import BLOCK, EXAMPLE, ORDER, PHASE, Mixture, hash_words, permute
+from maxpretrain.data.order import BLOCK, EXAMPLE, ORDER, PARTNER, PHASE, Mixture, hash_words, permute
 from maxpretrain.errors import UserError
 from maxpretrain.objectives.base import Objective
 
@@ -96,15 +96,19 @@ class Pipeline:
     def batch(self, step: int) -> Batch:
         """The rows of batch `step` that this process makes: [len(rows), …] arrays as in objective.fields(length)."""
         where = self.where(step)
+        words = (self.seed, where.source, where.epoch, where.window)
         tokens = np.empty((len(self.rows), self._raw), np.int32)
-        segments = np.empty_like(tokens)
+        segments, partners = np.empty_like(tokens), np.empty_like(tokens) if self.objective.partner else None
         for i, store in enumerate(self.stores):
             mine = slice(None) if len(self.stores) == 1 else np.flatnonzero(where.source == i)
             starts = where.start[mine]
             tokens[mine] = store.gather(starts, self._raw)
             segments[mine] = segments_of(store, starts, self._raw)
-        words = (EXAMPLE, self.seed, where.source, where.epoch, where.window)
-        return _examples(self.objective, self.length, tokens, segments, words)
+            if partners is not None:
+                bits = hash_words(PARTNER, *words)[mine]
+                partners[mine] = store.gather(partner_starts(store, starts, self._raw, bits), self._raw)
+        objective = self.objective.at(step)
+        return _examples(objective, self.length, tokens, segments, (EXAMPLE, *words), partners)
 
     def where(self, step: int) -> Rows:
         """Where the rows of batch `step` come from."""
@@ -210,12 +214,18 @@ class EvaluationBatches:
         index = self._index[first : first + len(self.rows)]
         tokens = np.zeros((len(self.rows), self._raw), np.int32)
         segments = np.zeros_like(tokens)  # 0: padding
+        partners = np.zeros_like(tokens) if self.objective.partner else None
+        bits = hash_words(PARTNER, 0, 0, index)
         for row, window in enumerate(index.tolist()):
             store, start = self.stores[self._source[window]], int(self._start[window])
             there = min(self._raw, store.num_tokens - start)
             tokens[row, :there] = store.read(start, there)
             segments[row, :there] = store.segments(start, there)
-        return _examples(self.objective, self.length, tokens, segments, (EXAMPLE, 0, 0, index))
+            if partners is not None:
+                length = min(self._raw, store.num_tokens)
+                begin = partner_starts(store, np.array([start]), length, bits[row : row + 1])
+                partners[row, :length] = store.read(int(begin[0]), length)
+        return _examples(self.objective, self.length, tokens, segments, (EXAMPLE, 0, 0, index), partners)
 
     def _covered(self, overlap: int) -> tuple[int, int]:
         tokens, size = 0, 0.0
@@ -298,8 +308,39 @@ def segments_of(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
     return np.cumsum(segments, axis=1, dtype=np.int32, out=segments)
 
 
+def partner_starts(store: Store, starts: np.ndarray, length: int, bits: np.ndarray) -> np.ndarray:
+    """Where windows begin that are of other documents than those at `starts`: the beginnings of documents drawn by `bits`.
+
+    Args:
+        starts: int64 [N].
+        length: tokens per window; a partner near the end of the text begins earlier, so that it is whole.
+        bits: uint64 [N].
+
+    Returns:
+        int64 [N].
+
+    Raises:
+        UserError: the text is one document.
+    """
+    real = np.flatnonzero(np.diff(store.offsets) > 0)  # documents with tokens
+    if len(real) < 2:
+        raise UserError(
+            f"{store.path} holds one document, and the objective pairs texts of different ones; give data of several documents "
+            "(data.separator splits a file into them)"
+        )
+    own = np.searchsorted(real, np.searchsorted(store.offsets, starts, "right") - 1)
+    drawn = (bits % np.uint64(len(real) - 1)).astype(np.int64)
+    other = store.offsets[real[drawn + (drawn >= own)]]
+    return np.minimum(other, store.num_tokens - length)
+
+
 def _examples(
-    objective: Objective, length: int, tokens: np.ndarray, segments: np.ndarray, words: tuple[int | np.ndarray, ...]
+    objective: Objective,
+    length: int,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    words: tuple[int | np.ndarray, ...],
+    partners: np.ndarray | None = None,
 ) -> Batch:
     """The batch of windows [N, raw]; segment 0, at the end of a row, is padding. `words` seed each row's generator."""
     if _has_vectorized(type(objective)):
@@ -311,7 +352,8 @@ def _examples(
         if not there:
             continue
         rng = np.random.Generator(np.random.Philox(key=keys[row]))
-        example = objective.example(tokens[row, :there], rng, segments[row, :there])
+        more = {} if partners is None else {"partner": partners[row]}
+        example = objective.example(tokens[row, :there], rng, segments[row, :there], **more)
         for name, array in example.items():
             batch[name][(row, *map(slice, array.shape))] = array
     return batch

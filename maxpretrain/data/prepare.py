@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,20 @@ def prepare(run: Run, report: Report | None = None, progress: Progress | None = 
     )
     train, validation = [s for s, _ in of_train], [s for s, _ in of_validation]
     loaded = load_tokenizer(run.tokenizer.path, run.tokenizer.kind) if run.tokenizer.path else None
+    wanted = with_symbols(run)
     key = {
         "version": [VERSION, store_module.VERSION, CLEANING_VERSION],
         "train": [fingerprint for _, fingerprint in of_train],
         "validation": [fingerprint for _, fingerprint in of_validation],
         "split": None if validation else [data.split, data.validation_fraction],
-        "tokenizer": loaded.fingerprint if loaded else _tokenizer_key(run.tokenizer),
+        "tokenizer": loaded.fingerprint if loaded else _tokenizer_key(wanted),
     }
 
     def build(folder: Path) -> dict[str, Any]:
         whole = loaded is not None and not loaded.joins
         passes = Passes(train, validation, data, whole_documents=whole, progress=progress or _no_progress)
         passes.count()
-        tokenizer = loaded or _trained(passes, run.tokenizer, report or _silent)
+        tokenizer = loaded or _trained(passes, wanted, report or _silent)
         _check_vocabulary(run, tokenizer)
         tokenizer.save(folder / "tokenizer")
         stores = passes.write(folder, tokenizer)
@@ -178,9 +179,16 @@ def _no_progress(*_: Any) -> None:
     return None
 
 
+def with_symbols(run: Run) -> TokenizerConfig:
+    """How the run's tokenizer is trained: with the control symbols that its objective has use for."""
+    given = (*run.tokenizer.user_symbols, *run.tokenizer.control_symbols)
+    more = tuple(name for name in run.objective.symbols() if name not in given)
+    return replace(run.tokenizer, control_symbols=(*run.tokenizer.control_symbols, *more))
+
+
 def _tokenizer_key(config: TokenizerConfig) -> dict[str, Any]:
     """The fields that decide what a tokenizer to be made will be."""
-    used = ["kind", "user_symbols"] + (
+    used = ["kind", "user_symbols", *(["control_symbols"] if config.control_symbols else [])] + (
         ["vocab_size", "algorithm", "sample_bytes"] if config.kind == "sentencepiece" else []
     )
     return {name: value for name, value in asdict(config).items() if name in used}

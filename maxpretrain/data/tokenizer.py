@@ -7,10 +7,12 @@ text says: a document that spells `</s>` must not end itself.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,6 +102,14 @@ class SentencePiece(Tokenizer):
     def piece(self, id: int) -> str:
         return self._processor.id_to_piece(int(id))
 
+    @cached_property
+    def named(self) -> dict[str, int]:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self._model)
+        kinds = (proto.SentencePiece.CONTROL, proto.SentencePiece.USER_DEFINED)
+        return {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type in kinds}
+
     def piece_bytes(self, id: int) -> bytes:
         return self._table[id]
 
@@ -167,6 +177,10 @@ class HuggingFace(Tokenizer):
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         finally:
             self._tokenizer.encode_special_tokens = True
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -256,9 +270,9 @@ def _parse_manifest(path: Path, data: bytes) -> Tokenizer:
         elif kind == "huggingface":
             tokenizer = HuggingFace((path.parent / "tokenizer.json").read_bytes(), {n: manifest[n] for n in SPECIAL})
         elif kind == "bytes":
-            tokenizer = Bytes(manifest["symbols"])
+            tokenizer = Bytes(manifest["symbols"], manifest.get("controls", ()))
         elif kind == "characters":
-            tokenizer = Characters(manifest["characters"], manifest["symbols"])
+            tokenizer = Characters(manifest["characters"], manifest["symbols"], manifest.get("controls", ()))
         else:
             raise UserError(f'{path} names the unknown kind "{kind}"')
     except (ValueError, KeyError, TypeError):
@@ -277,19 +291,25 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         UserError: `config` cannot be had from these texts; the message names the vocabulary size that can.
     """
     if config.kind == "bytes":
-        return Bytes(config.user_symbols)
+        return Bytes(config.user_symbols, config.control_symbols)
     if config.kind == "characters":
         characters: set[str] = set()
         for text in texts:
             characters.update(text)
         if not characters:
             raise UserError("the corpus holds no text to take the tokenizer's characters from; check data.train")
-        return Characters(characters, config.user_symbols)
+        return Characters(characters, config.user_symbols, config.control_symbols)
     if config.kind == "huggingface":
         raise UserError(
             'tokenizer.kind "huggingface" loads a tokenizer.json; set tokenizer.path, or train with tokenizer.kind "sentencepiece"'
         )
-    return SentencePiece(_train_sentencepiece(config, texts))
+    count = len(config.control_symbols)
+    if count >= config.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size {config.vocab_size} has no room for pieces beside {count} control symbols; use at least {count + 512}"
+        )
+    pieces = dataclasses.replace(config, vocab_size=config.vocab_size - count)
+    return SentencePiece(_with_controls(_train_sentencepiece(pieces, texts), config.control_symbols))
 
 
 def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
@@ -335,6 +355,27 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
     except RuntimeError as error:
         raise _explain(config, str(error), count) from None
     return _rounded(model.getvalue()) if config.algorithm == "unigram" else model.getvalue()
+
+
+def _with_controls(model: bytes, names: Sequence[str]) -> bytes:
+    """The model with control pieces at the end: the trainer would put them in front, and T5's sentinels count down from the end.
+
+    Raises:
+        UserError: a piece has that name already, such as one of `tokenizer.user_symbols`.
+    """
+    if not names:
+        return model
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for name in names:
+        if any(piece.piece == name for piece in proto.pieces) or not name:
+            raise UserError(
+                f'the control symbol "{name}" is a piece of the vocabulary already; take it out of tokenizer.user_symbols'
+            )
+        proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.CONTROL)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return proto.SerializeToString()
 
 
 def _rounded(model: bytes) -> bytes:

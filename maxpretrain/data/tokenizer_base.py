@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,8 +41,15 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_marked(self, text: str) -> np.ndarray:
-        """As `encode`, but special tokens that the text spells, such as a mask, are those tokens."""
-        return self.encode(text)  # user symbols always are
+        """As `encode`, but control pieces that the text spells, such as a mask, are those tokens."""
+        named = self.named
+        parts = (
+            re.split("(" + "|".join(map(re.escape, sorted(named, key=len, reverse=True))) + ")", text)
+            if named
+            else [text]
+        )
+        ids = [[named[p]] if i % 2 else self.encode(p) for i, p in enumerate(parts)]
+        return np.concatenate(ids).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Many texts at once, which is much faster.
@@ -55,6 +63,15 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control pieces have none, bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.piece_bytes(int(i)) for i in ids).decode("utf-8", "replace")
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the control piece or user symbol of that name; None where there is none."""
+        return self.named.get(name)
+
+    @property
+    def named(self) -> dict[str, int]:
+        """Control pieces and user symbols: name -> id."""
+        raise NotImplementedError
 
     def piece(self, id: int) -> str:
         """The name of an id, for showing."""

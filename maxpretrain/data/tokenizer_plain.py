@@ -14,26 +14,38 @@ from maxpretrain.errors import UserError
 
 
 class _Plain(Tokenizer):
-    """What bytes and characters share: user symbols take the ids after the alphabet.
+    """What bytes and characters share: user symbols take the ids after the alphabet, and control symbols those after them.
 
-    A symbol named `<s>`, `</s>`, `<pad>` or `<unk>` is that control piece; without one the tokenizer has none, and
+    A user symbol named `<s>`, `</s>`, `<pad>` or `<unk>` is that control piece; without one the tokenizer has none, and
     documents follow each other with nothing between.
     """
 
-    def __init__(self, alphabet: int, symbols: Sequence[str]):
-        if len(set(symbols)) != len(symbols) or "" in symbols:
-            raise UserError(f"tokenizer.user_symbols {tuple(symbols)} must be distinct and not empty")
-        self.symbols = tuple(symbols)
+    def __init__(self, alphabet: int, symbols: Sequence[str], controls: Sequence[str] = ()):
+        both = (*symbols, *controls)
+        if len(set(both)) != len(both) or "" in both:
+            raise UserError(
+                f"tokenizer.user_symbols and tokenizer.control_symbols {both} must be distinct and not empty"
+            )
+        self.controls = tuple(controls)
+        self.symbols = tuple(both)
         self.vocab_size = alphabet + len(self.symbols)
         self._alphabet = alphabet
         for name, text in SPECIAL.items():
             setattr(self, name, alphabet + self.symbols.index(text) if text in self.symbols else None)
-        matched = sorted((s for s in self.symbols if s not in SPECIAL.values()), key=len, reverse=True)
+        matched = sorted((s for s in self.symbols if not self.is_control(s)), key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, matched)) + ")") if matched else None
+
+    def is_control(self, symbol: str) -> bool:
+        """Whether it is never found in a text."""
+        return symbol in SPECIAL.values() or symbol in self.controls
 
     @property
     def joins(self) -> bool:
         return True
+
+    @property
+    def named(self) -> dict[str, int]:
+        return {symbol: self._alphabet + i for i, symbol in enumerate(self.symbols)}
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         parts = [self._encode(text) for text in texts]
@@ -52,13 +64,18 @@ class _Plain(Tokenizer):
 
     def _symbol_bytes(self, id: int) -> bytes:
         symbol = self.symbols[id - self._alphabet]
-        return b"" if symbol in SPECIAL.values() else symbol.encode()
+        return b"" if self.is_control(symbol) else symbol.encode()
 
     def piece(self, id: int) -> str:
         return self.symbols[id - self._alphabet] if id >= self._alphabet else super().piece(id)
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "symbols": self.symbols}
+        users = self.symbols[: len(self.symbols) - len(self.controls)]
+        return {**super()._state(), "symbols": users, "controls": self.controls}
+
+    def _symbols_key(self) -> list[Any]:
+        """What of the symbols determines the ids; without control symbols as it was before there were any."""
+        return [self.symbols, self.controls] if self.controls else [self.symbols]
 
 
 class Bytes(_Plain):
@@ -66,9 +83,9 @@ class Bytes(_Plain):
 
     kind = "bytes"
 
-    def __init__(self, symbols: Sequence[str] = ()):
-        super().__init__(256, symbols)
-        self.fingerprint = fingerprint(self.kind, canonical(self.symbols))
+    def __init__(self, symbols: Sequence[str] = (), controls: Sequence[str] = ()):
+        super().__init__(256, symbols, controls)
+        self.fingerprint = fingerprint(self.kind, *map(canonical, self._symbols_key()))
 
     def _encode_plain(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -85,20 +102,21 @@ class Characters(_Plain):
     Args:
         characters: the alphabet; sorted here.
         symbols: user symbols.
+        controls: control symbols.
     """
 
     kind = "characters"
 
-    def __init__(self, characters: Iterable[str], symbols: Sequence[str] = ()):
+    def __init__(self, characters: Iterable[str], symbols: Sequence[str] = (), controls: Sequence[str] = ()):
         self.characters = "".join(sorted(set(characters)))
-        super().__init__(len(self.characters), symbols)
-        self.fingerprint = fingerprint(self.kind, canonical([self.characters, self.symbols]))
+        super().__init__(len(self.characters), symbols, controls)
+        self.fingerprint = fingerprint(self.kind, canonical([self.characters, *self._symbols_key()]))
         codes = np.frombuffer(self.characters.encode("utf-32-le"), np.uint32)
         self._ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # the last one stands for all beyond
         self._ids[codes] = np.arange(len(codes))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Characters, (self.characters, self.symbols)
+        return Characters, (self.characters, self.symbols[: len(self.symbols) - len(self.controls)], self.controls)
 
     def _encode_plain(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -104,20 +104,23 @@ def _stores(directory: RunDirectory, data: Source | None, step: int) -> Sequence
 def _measure(directory: RunDirectory, params: Any, stores: Sequence[Store], layout: Layout) -> dict[str, Any]:
     from maxpretrain.data.pipeline import EvaluationBatches
     from maxpretrain.evaluate.perplexity import Evaluator
+    from maxpretrain.vocabulary import Vocabulary
 
     config = directory.config
+    assert directory.tokenizer is not None
+    objective = config.objective.bind(Vocabulary.of(directory.tokenizer)).measured()
     parts = layout.extent("batch")
     # What fits in training fits here; rounded up, for every device to have as many rows.
     size = -(-config.batch.size // config.batch.microbatches // parts) * parts
     batches = EvaluationBatches(
         stores,
-        config.objective.measured(),
+        objective,
         batch_size=size,
         length=config.batch.length,
         rows=layout.local_rows(size),
         allow_short=True,
     )
-    evaluator = Evaluator(directory.model(layout), config.objective, layout, batches, size)
+    evaluator = Evaluator(directory.model(layout), objective, layout, batches, size)
     means = {name.removeprefix("eval/"): value for name, value in evaluator(params).items()}
     first = ("loss", "perplexity", "bits_per_byte", "accuracy")
     ordered = {name: means[name] for name in (*first, *means) if name in means}

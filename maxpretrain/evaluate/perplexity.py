@@ -21,17 +21,14 @@ if TYPE_CHECKING:  # pragma: no cover
 Batch = dict[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
-# Networks whose loss is −log p of a whole text: exp of it is a perplexity.
-GENERATIVE = ("decoder", "encoder-decoder")
 _AHEAD = 2  # batches that are queued on the devices at most
 
 
 def make_eval_step(model: Model, objective: Objective) -> Callable[[Any, Batch], Sums]:
-    """The function (params, batch) -> name -> (sum, weight), without dropout and without what only regularizes."""
-    objective = objective.measured()
+    """The function (params, batch) -> name -> (sum, weight), without dropout."""
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        loss = objective.loss(model, params, batch, None)
+        loss = objective.loss(model, params, objective.normalized(batch), None)
         return {"loss": (loss.sum, loss.weight)} | loss.metrics
 
     return eval_step
@@ -51,7 +48,7 @@ class Evaluator:
     """
 
     def __init__(self, model: Model, objective: Objective, layout: Layout, batches: EvaluationBatches, batch_size: int):
-        self._model, self._objective, self._layout = model, objective, layout
+        self._model, self._objective, self._layout = model, objective.measured(), layout
         self._batches, self._batch_size = batches, batch_size
         self._step: Callable[[Any, Batch], Sums] | None = None
 
@@ -80,8 +77,9 @@ class Evaluator:
                 part ways.
 
         Returns:
-            "eval/loss" in nats per prediction, "eval/bits_per_byte" of the text covered, "eval/perplexity" where the network
-            is generative, and the objective's own metrics as "eval/<name>"; None where it was given up.
+            "eval/loss" in nats per prediction; where the objective says that it means something, "eval/perplexity" and
+            "eval/bits_per_byte" of the text covered, both of the metric "cross_entropy" where the loss has more terms; and the
+            objective's own metrics as "eval/<name>"; None where it was given up.
 
         Raises:
             UserError: the batches hold nothing to predict.
@@ -105,10 +103,12 @@ class Evaluator:
         if not totals or totals["loss"][1] == 0:
             raise UserError("the validation text holds nothing to predict; give documents of at least two tokens")
         means = {f"eval/{name}": total / weight if weight else math.nan for name, (total, weight) in totals.items()}
-        loss = means["eval/loss"]
-        if self._model.config.architecture in GENERATIVE:
-            means["eval/perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        means["eval/bits_per_byte"] = bits_per_byte(loss, self._batches.num_tokens, self._batches.num_bytes)
+        means["eval/loss"] = self._objective.combined({name.removeprefix("eval/"): v for name, v in means.items()})
+        nats = means.get("eval/cross_entropy", means["eval/loss"])
+        if self._objective.perplexity:
+            means["eval/perplexity"] = math.exp(nats) if nats < 700 else math.inf
+        if self._objective.whole_text:
+            means["eval/bits_per_byte"] = bits_per_byte(nats, self._batches.num_tokens, self._batches.num_bytes)
         return means
 
 

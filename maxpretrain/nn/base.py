@@ -94,7 +94,11 @@ class Template:
         self.abstract: dict[str, Any] = nnx.to_pure_dict(self._state)
 
     def bind(self, params: dict[str, Any]) -> Any:
-        """The module holding `params`; a leaf missing from `params` stays a Spec, which fails where it is used."""
+        """The module holding `params`; a leaf missing from `params` stays a Spec, which fails where it is used.
+
+        What the network has no use for, such as parameters that an objective added, is left aside.
+        """
+        params = {name: params[name] for name in self.abstract if name in params}
         # tree.map makes fresh Variables: binding twice at once (value and gradient) must not share them.
         state = jax.tree.map(lambda spec: spec, self._state, is_leaf=is_spec)
         nnx.replace_by_pure_dict(state, params)

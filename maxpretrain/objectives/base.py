@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+from maxpretrain.errors import UserError
 
 if TYPE_CHECKING:  # pragma: no cover
     import jax
     import numpy as np
 
-    from maxpretrain.config import Run
+    from maxpretrain.config import ModelConfig, Run
+    from maxpretrain.models import Model
+    from maxpretrain.nn.stack import Execution
+    from maxpretrain.vocabulary import Vocabulary
 
 Fields = dict[str, tuple[tuple[int, ...], str]]
+Self = TypeVar("Self", bound="Objective")
 
 
 class Loss(NamedTuple):
@@ -21,31 +27,96 @@ class Loss(NamedTuple):
         sum: float32 [], nats (or the objective's unit) summed over predictions.
         weight: float32 [], number of predictions.
         metrics: name -> (sum, weight) pair of float32 [], reported as sum / weight.
+        experts: what the network said of its experts (`Output.aux`), for the balance losses.
     """
 
     sum: jax.Array
     weight: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]]
+    experts: dict[str, jax.Array] = {}  # noqa: RUF012
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
     """What a model is trained to do: how raw tokens become an example (host, numpy), and what the loss is (device, jnp).
 
-    The fields of a subclass are its config. Class attributes:
+    The fields of a subclass are its config. What it has to know of the tokens comes by `bind`.
+
+    Class attributes:
         overlap: raw tokens that one window shares with the next.
         architectures: networks it can train.
+        heads: heads of the network that it reads.
+        perplexity: exp(loss) is a perplexity.
+        whole_text: the loss is of every token of the text, so that it gives bits per byte.
+        partner: `example` takes a second window, from another document, as `partner`.
     """
 
     overlap: ClassVar[int] = 0
     architectures: ClassVar[tuple[str, ...]] = ()
+    heads: ClassVar[tuple[str, ...]] = ("lm",)
+    perplexity: ClassVar[bool] = False
+    whole_text: ClassVar[bool] = False
+    partner: ClassVar[bool] = False
+    bound: ClassVar[Any] = None  # a Vocabulary, once it knows its tokens
 
     def validate(self, run: Run) -> None:
-        """Raises UserError where the run cannot train this objective."""
+        """Raises UserError where the run cannot train this objective; a subclass calls this, and checks its own fields."""
+        name, model = type(self).__name__, run.model
+        if model.architecture not in self.architectures:
+            kinds = " or ".join(self.architectures)
+            article = "an" if kinds.startswith("e") else "a"
+            raise UserError(f"objective {name} needs {article} {kinds}; model.architecture is {model.architecture}")
+        for head in self.heads:
+            if head not in model.heads:
+                raise UserError(
+                    f'objective {name} needs the head "{head}"; model.heads are {", ".join(model.heads) or "none"}'
+                )
+
+    def symbols(self) -> tuple[str, ...]:
+        """Names of the control pieces that a tokenizer trained for it has, in the order of their ids; see `vocabulary`."""
+        return ()
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Raises UserError where the objective needs a token that the vocabulary has not."""
+
+    def bind(self: Self, vocabulary: Vocabulary) -> Self:
+        """The same objective, knowing its tokens.
+
+        Raises:
+            UserError: a token that it needs is missing.
+        """
+        self.check_vocabulary(vocabulary)
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "bound", vocabulary)
+        return copy
+
+    def replace(self: Self, **changes: Any) -> Self:
+        """A copy with other fields, which knows its tokens if this one does."""
+        copy = dataclasses.replace(self, **changes)
+        if self.bound is not None:
+            object.__setattr__(copy, "bound", self.bound)
+        return copy
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        if self.bound is None:
+            name = type(self).__name__
+            raise UserError(f"objective {name} does not know its tokens yet; use {name}(...).bind(Vocabulary(...))")
+        return self.bound
 
     def measured(self) -> Objective:
         """The objective without what only regularizes training: what evaluation reports."""
         return self
+
+    def at(self, step: int) -> Objective:
+        """The objective as it makes the examples of a step, where it changes along the run."""
+        return self
+
+    def build(self, config: ModelConfig, execution: Execution | None = None) -> Model:
+        """The network to train, with whatever parameters the objective adds to it."""
+        from maxpretrain import models
+
+        return models.build(config, execution)
 
     def raw_length(self, length: int) -> int:
         """Raw tokens that one example of `length` consumes."""
@@ -56,16 +127,30 @@ class Objective:
         raise NotImplementedError
 
     def example(
-        self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None
+        self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None, **more: np.ndarray
     ) -> dict[str, np.ndarray]:
         """One example from `raw_length` tokens; host side, pure.
 
         Args:
-            tokens: integer [raw_length], or shorter at the end of the text.
+            tokens: integer [raw_length], or shorter at the end of the text, but never empty.
             rng: seeded by (seed, epoch, window).
             segments: int32 [len(tokens)], 1, 2, … by document; None: one document.
+            more: `partner` integer [raw_length], tokens of another document, where the class asks for them.
+
+        Returns:
+            The arrays of `fields`, or shorter ones where tokens are few: they are filled up with zeros.
         """
         raise NotImplementedError
+
+    def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The whole batch, before it is cut into microbatches: where a loss of several means needs the number of predictions of
+        each beforehand, to be one sum over all rows. Device side, pure.
+        """
+        return batch
+
+    def combined(self, means: dict[str, float]) -> float:
+        """The loss of a text from the means over it: what `loss` adds up batch by batch, whatever the batches were."""
+        return means["loss"]
 
     def loss(self, model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
         """The loss of a batch; device side, pure. `key` is None in evaluation."""

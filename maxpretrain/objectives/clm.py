@@ -28,14 +28,11 @@ class CLM(Objective):
 
     overlap: ClassVar[int] = 1
     architectures: ClassVar[tuple[str, ...]] = ("decoder",)
+    perplexity: ClassVar[bool] = True
+    whole_text: ClassVar[bool] = True
 
     def validate(self, run: Run) -> None:
-        if run.model.architecture not in self.architectures:
-            raise UserError(f"objective CLM needs a decoder; model.architecture is {run.model.architecture}")
-        if "lm" not in run.model.heads:
-            raise UserError(
-                f'objective CLM needs the head "lm"; model.heads are {", ".join(run.model.heads) or "none"}'
-            )
+        super().validate(run)
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"objective.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
         if self.z_loss < 0:
@@ -55,7 +52,11 @@ class CLM(Objective):
         return fields
 
     def example(
-        self, tokens: np.ndarray, rng: np.random.Generator | None = None, segments: np.ndarray | None = None
+        self,
+        tokens: np.ndarray,
+        rng: np.random.Generator | None = None,
+        segments: np.ndarray | None = None,
+        **more: np.ndarray,
     ) -> dict[str, np.ndarray]:
         """Input and label are one token apart; the last raw token is a label only. Nothing is drawn from `rng`.
 
@@ -95,7 +96,7 @@ class CLM(Objective):
         return batch
 
     def measured(self) -> CLM:
-        return dataclasses.replace(self, label_smoothing=0.0, z_loss=0.0)
+        return self.replace(label_smoothing=0.0, z_loss=0.0)
 
     def loss(self, model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
         from maxpretrain.objectives.cross_entropy import token_cross_entropy
@@ -111,7 +112,7 @@ class CLM(Objective):
             z_loss=self.z_loss,
         )
         weight = batch["weights"].sum()
-        metrics = {"accuracy": (sums["correct"], weight)}
+        metrics = {"accuracy": (sums["correct"].sum(), weight)}
         if self.label_smoothing or self.z_loss:
-            metrics["cross_entropy"] = (sums["nll"], weight)
-        return Loss(total, weight, metrics)
+            metrics["cross_entropy"] = (sums["nll"].sum(), weight)
+        return Loss(total, weight, metrics, output.aux)

@@ -12,7 +12,6 @@ from maxpretrain import hardware, optim
 from maxpretrain.config import Run, validate
 from maxpretrain.errors import UserError
 from maxpretrain.mesh import Layout, make_layout
-from maxpretrain.models import build
 from maxpretrain.monitor.flops import flops_per_token
 from maxpretrain.nn.base import is_spec
 from maxpretrain.plan import memory
@@ -124,7 +123,9 @@ def _vocabulary(run: Run) -> tuple[int, str]:
 
         return load_tokenizer(config.path, config.kind).vocab_size, config.path
     if config.kind == "bytes":
-        return 256 + len(config.user_symbols), "bytes"
+        from maxpretrain.data.prepare import with_symbols
+
+        return 256 + len(config.user_symbols) + len(with_symbols(run).control_symbols), "bytes"
     if config.kind == "characters":
         return config.vocab_size, "tokenizer.vocab_size; the text's characters will be counted when data is prepared"
     return config.vocab_size, "tokenizer.vocab_size"
@@ -201,7 +202,7 @@ def plan(run: Run, target: str | None = None, mfu: float | None = None, devices:
 
     parts = layout.extent("batch")
     execution, notes = hardware.resolve(run, where.devices[0], devices=len(where.devices), batch_parts=parts)
-    model = build(run.model, execution)
+    model = run.objective.build(run.model, execution)
     layout.check(model.abstract, run.batch.size, run.batch.microbatches)
     modules, no_decay = _modules(model.abstract)
     optimizer = optim.build_optimizer(

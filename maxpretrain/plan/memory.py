@@ -127,7 +127,7 @@ def what_would_fit(
                 continue
             for remat in remats:
                 tried_run = run.replace(batch=dataclasses.replace(run.batch, microbatches=microbatches))
-                tried = Model(model.config, dataclasses.replace(model.execution, remat=remat))
+                tried = run.objective.build(model.config, dataclasses.replace(model.execution, remat=remat))
                 if sum(estimate(tried_run, tried, optimizer, layout).values()) > limit:
                     continue
                 flags = [f"--compute.remat {remat}"] if remat != model.execution.remat else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,11 @@ class Meter:
         }
         self.started, self.steps, self.waited = now, 0, 0.0
         return metrics
+
+
+def _plain(value: Any) -> Any:
+    """A number, or a list of numbers for a metric of several, such as the load of each expert."""
+    return float(value) if value.ndim == 0 else [round(float(x), 4) for x in value]
 
 
 class Trainer:
@@ -171,7 +177,7 @@ class Trainer:
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes in the metrics of a step; waits for it to be done, while the next one is already queued."""
         with self.ledger("train"):
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values = {name: _plain(value) for name, value in jax.device_get(metrics).items()}
         self.meter.steps += 1
         skipped = values.pop("skipped")
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -188,7 +194,9 @@ class Trainer:
         # A skipped step is always on record; the first one shows the initial loss.
         if skipped or step % every == 0 or step == self.run.steps or step == 1:
             record = {"tokens": step * self.run.tokens_per_step, "seconds": round(self.seconds, 3)}
-            record |= {f"train/{name}": value for name, value in values.items() if name != "predicted"}
+            # What a batch had none of, such as examples of one denoiser, is no number.
+            known = lambda value: isinstance(value, list) or skipped or not math.isnan(value)  # noqa: E731
+            record |= {f"train/{name}": value for name, value in values.items() if name != "predicted" and known(value)}
             record |= self.meter.read()
             if skipped:
                 record["train/skipped"] = 1

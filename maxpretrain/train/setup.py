@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from maxpretrain import hardware, models, optim
+from maxpretrain import hardware, optim
 from maxpretrain.config import Run
 from maxpretrain.data.pipeline import EvaluationBatches, Pipeline
 from maxpretrain.data.prepare import Prepared
@@ -18,10 +18,12 @@ from maxpretrain.errors import UserError
 from maxpretrain.evaluate.perplexity import Evaluator
 from maxpretrain.mesh import Layout, make_layout
 from maxpretrain.models import Model
+from maxpretrain.objectives import Objective
 from maxpretrain.rundir import RunDirectory
 from maxpretrain.train.start import initial_state
 from maxpretrain.train.state import State, abstract_state, init_state
 from maxpretrain.train.step import make_train_step
+from maxpretrain.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Setup:
 
     Attributes:
         run: resolved: `model.vocab_size` is a number.
+        objective: the run's, knowing its tokens.
         choices: lines that say what was chosen for `auto`.
         origin: the directory that the first parameters come from; None: fresh ones.
     """
 
     run: Run
     prepared: Prepared
+    objective: Objective
     layout: Layout
     model: Model
     optimizer: optax.GradientTransformation
@@ -53,7 +57,7 @@ class Setup:
         batch = self.run.batch
         return {
             name: jax.ShapeDtypeStruct((batch.size, *shape), dtype, sharding=self.layout.batch_sharding())
-            for name, (shape, dtype) in self.run.objective.fields(batch.length).items()
+            for name, (shape, dtype) in self.objective.fields(batch.length).items()
         }
 
     def init(self) -> State:
@@ -65,12 +69,13 @@ class Setup:
         run = self.run
         return make_train_step(
             self.model,
-            run.objective,
+            self.objective,
             self.optimizer,
             run.optimizer,
             _learning_rate(run),
             seed=run.seed,
             microbatches=run.batch.microbatches,
+            balance=run.balance,
         )
 
 
@@ -125,7 +130,7 @@ def precheck(run: Run) -> None:
     if run.model.vocab_size is None:  # not known yet: any that the mesh divides
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=layout.extent("vocab")))
     hardware.resolve(run, layout.mesh.devices.flat[0], devices=layout.num_devices, batch_parts=layout.extent("batch"))
-    layout.check(models.build(run.model).abstract, run.batch.size, run.batch.microbatches)
+    layout.check(run.objective.build(run.model).abstract, run.batch.size, run.batch.microbatches)
     _learning_rate(run)
 
 
@@ -139,7 +144,8 @@ def build(run: Run, prepared: Prepared, origin: RunDirectory | None = None) -> S
     layout = make_layout(run.mesh)
     devices, parts = layout.num_devices, layout.extent("batch")
     execution, choices = hardware.resolve(run, layout.mesh.devices.flat[0], devices=devices, batch_parts=parts)
-    model = models.build(run.model, execution)
+    objective = run.objective.bind(Vocabulary.of(prepared.tokenizer))
+    model = objective.build(run.model, execution)
     layout.check(model.abstract, run.batch.size, run.batch.microbatches)
     optimizer = optim.build_optimizer(
         run.optimizer,
@@ -152,7 +158,7 @@ def build(run: Run, prepared: Prepared, origin: RunDirectory | None = None) -> S
     pipeline = Pipeline(
         prepared.train,
         run.data.weights,
-        run.objective,
+        objective,
         batch_size=run.batch.size,
         length=run.batch.length,
         seed=run.seed,
@@ -163,11 +169,11 @@ def build(run: Run, prepared: Prepared, origin: RunDirectory | None = None) -> S
     part = run.batch.size // run.batch.microbatches
     batches = EvaluationBatches(
         prepared.validation,
-        run.objective.measured(),
+        objective.measured(),
         batch_size=part,
         length=run.batch.length,
         batches=run.evaluation.batches * run.batch.microbatches,
         rows=layout.local_rows(part),
     )
-    evaluator = Evaluator(model, run.objective, layout, batches, part)
-    return Setup(run, prepared, layout, model, optimizer, pipeline, evaluator, choices, origin)
+    evaluator = Evaluator(model, objective, layout, batches, part)
+    return Setup(run, prepared, objective, layout, model, optimizer, pipeline, evaluator, choices, origin)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maxpretrain.config import OptimizerConfig
+from maxpretrain.config import BalanceConfig, OptimizerConfig
 from maxpretrain.mesh import constrain
 from maxpretrain.models import Model
 from maxpretrain.objectives import Loss, Objective
+from maxpretrain.objectives.balance import balanced, with_updated_bias
 from maxpretrain.optim import clip
 from maxpretrain.train.state import State
 
@@ -57,6 +58,11 @@ def _updates(opt_state: Any) -> jax.Array:
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
+def ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """A metric's mean; NaN where the batch had nothing to count, which is left out of the record."""
+    return jnp.where(weight > 0, total / jnp.maximum(weight, 1e-8), jnp.nan)
+
+
 def make_train_step(
     model: Model,
     objective: Objective,
@@ -66,6 +72,7 @@ def make_train_step(
     *,
     seed: int,
     microbatches: int,
+    balance: BalanceConfig = BalanceConfig(),
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The function (state, batch) -> (state, metrics) of one step.
 
@@ -76,9 +83,9 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state["step"])
         loss, grads = accumulate(
-            lambda params, batch, key: objective.loss(model, params, batch, key),
+            lambda params, batch, key: balanced(objective.loss(model, params, batch, key), balance, model.config.moe),
             state["params"],
-            batch,
+            objective.normalized(batch),
             key,
             microbatches,
         )
@@ -88,6 +95,7 @@ def make_train_step(
             grads, norm = clip(grads, config)
             updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
             params = optax.apply_updates(state["params"], updates)
+            params = with_updated_bias(params, loss.experts, balance)
         finite = jnp.isfinite(loss.sum) & jnp.isfinite(norm)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         new_state = {
@@ -95,7 +103,7 @@ def make_train_step(
             "opt_state": jax.tree.map(keep, opt_state, state["opt_state"]),
             "step": state["step"] + 1,
         }
-        metrics = {name: total / jnp.maximum(weight, 1e-8) for name, (total, weight) in loss.metrics.items()}
+        metrics = {name: ratio(total, weight) for name, (total, weight) in loss.metrics.items()}
         metrics |= {
             "loss": loss.sum * share,
             "grad_norm": norm,

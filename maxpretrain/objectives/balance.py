@@ -1,0 +1,87 @@
+"""What keeps experts evenly loaded: a loss beside the objective's, and a bias that follows the load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxpretrain.config import BalanceConfig, MoEConfig
+from maxpretrain.nn import router
+from maxpretrain.objectives.base import Loss
+
+# Stacks with experts, in the order in which a network reports on its layers.
+STACKS = ("encoder", "decoder", "multi_token")
+
+
+def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
+    """L_task + α·L_balance + c·L_z, means over the layers with experts, and what the monitor shows of the experts.
+
+    Statistics are over all tokens of the batch given, on all devices, without padding; with several microbatches those of a
+    microbatch, weighted by its predictions.
+
+    Args:
+        loss: with `experts` of a network that has some; else it is returned as it is.
+
+    Returns:
+        The sum grows by the added losses times the weight, so that the mean grows by them. Metrics, besides: "load_balance" and
+        "router_z", the added losses without their factors; "router_entropy", nats; "expert_load" [X], tokens of each expert as a
+        factor of an even share; "expert_load_spread", its coefficient of variation within a layer; "dropped", share of the
+        choices that found no place. `experts` then holds the "load" alone, float32 [L, X].
+
+    References: see `nn.router.LOSSES`.
+    """
+    if "load" not in loss.experts:
+        return loss._replace(experts={})
+    said = loss.experts
+    total, metrics = loss.sum, dict(loss.metrics)
+    with jax.named_scope("balance"):
+        for name, kind, factor in (("load_balance", config.loss, config.weight), ("router_z", "z", config.z_weight)):
+            if kind == "none" or (kind == "z" and not factor):
+                continue
+            extra = jnp.mean(router.LOSSES[kind](said, moe.top_k))
+            total = total + factor * extra * loss.weight
+            metrics[name] = (extra * loss.weight, loss.weight)
+    tokens = jnp.sum(said["tokens"])
+    choices = said["tokens"] * moe.top_k
+    metrics["router_entropy"] = (jnp.sum(said["entropy"]), tokens)
+    metrics["expert_load"] = (
+        moe.num_experts * jnp.sum(said["load"], 0),
+        jnp.broadcast_to(jnp.sum(choices), (moe.num_experts,)),
+    )
+    spread = jnp.sqrt(router.squared_variation(said["load"]))
+    metrics["expert_load_spread"] = (jnp.mean(spread) * loss.weight, loss.weight)
+    if moe.capacity is not None:
+        metrics["dropped"] = (jnp.sum(said["dropped"]), jnp.sum(choices))
+    return Loss(total, loss.weight, metrics, {"load": said["load"]})
+
+
+def with_updated_bias(params: dict[str, Any], experts: dict[str, jax.Array], config: BalanceConfig) -> dict[str, Any]:
+    """The parameters with the balance bias of each layer moved against its load, where there is such a bias.
+
+    Args:
+        experts: "load" float32 [L, X] of the whole batch, layers in the order of `STACKS`.
+
+    Reference: Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-AI 2024, arXiv:2412.19437, §2.1.2.
+    """
+    if not experts or not config.bias_rate:
+        return params
+    first = 0
+    for name in STACKS:
+        found = params.get(name, {}).get("stack", {}).get("experts", {}).get("mlp", {})
+        if "balance_bias" not in found:
+            continue
+        bias = found["balance_bias"]
+        load = experts["load"][first : first + len(bias)]
+        first += len(bias)
+        params = _with(
+            params, (name, "stack", "experts", "mlp", "balance_bias"), router.updated_bias(bias, load, config.bias_rate)
+        )
+    return params
+
+
+def _with(tree: dict[str, Any], path: tuple[str, ...], leaf: jax.Array) -> dict[str, Any]:
+    """A copy of nested dicts with another leaf."""
+    name, *rest = path
+    return tree | {name: _with(tree[name], tuple(rest), leaf) if rest else leaf}
