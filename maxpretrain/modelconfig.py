@@ -128,10 +128,15 @@ class ModelConfig:
     mlp_bias: bool | None = None  # of the MLP; None: as `bias`
     # the output
     layer_groups: int | None = None  # layers share parameters in so many groups (ALBERT: 1); None: each has its own
+    mask_decoder: bool = False  # the last layer runs twice over its input, queries knowing absolute positions (DeBERTa)
     # of lm, pooler, pair, replaced, span_boundary, sequence, token, value
     heads: tuple[str, ...] = ("lm",)  # what reads the hidden states
     num_labels: int = 2  # classes of the sequence and token heads
+    pooling: Literal["end", "mean"] = (
+        "end"  # pooler, sequence: the first token of an encoder, the last of others; or all
+    )
     pooler_activation: Activation = "tanh"  # of the pooler
+    head_transform: bool = False  # the sequence and token heads begin with linear, activation, norm (ModernBERT)
     tie_embeddings: bool = True  # unembed with the embedding table
     lm_transform: bool = False  # the lm head begins with linear, activation, norm (BERT)
     lm_activation: Activation | None = None  # of that; None: as `activation`
@@ -179,6 +184,11 @@ class ModelConfig:
         return self.position == "learned" or (self.position == "disentangled" and self.relative.absolute)
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether positions end at max_length: those of a table, and those that were not trained beyond."""
+        return self.has_position_table or self.position == "sinusoidal" or self.mask_decoder
+
+    @property
     def final_norm(self) -> bool:
         """Whether a norm follows the last layer: where the residual stream itself is not normalized."""
         return self.norm_placement != "post"
@@ -213,7 +223,7 @@ def validate_model(model: ModelConfig, length: int) -> None:
     _validate_sizes(model)
     _validate_attention(model)
     _validate_experts(model)
-    if model.has_position_table or model.position == "sinusoidal":
+    if model.is_bounded:
         require(
             length <= model.max_length,
             f"batch.length {length} is longer than model.max_length {model.max_length}; raise model.max_length or shorten batch.length",
@@ -253,8 +263,17 @@ def _validate_combinations(model: ModelConfig) -> None:
             "model.layer_groups needs layers that are all alike: no experts, and model.first_norm True",
         ),
         (
+            model.mask_decoder
+            and (model.architecture != "encoder" or model.latent.kv_rank > 0 or model.moe.num_experts > 0),
+            "model.mask_decoder is for encoders without latent attention and experts; leave it off",
+        ),
+        (
             "span_boundary" in model.heads and model.embed_width != model.model_dim,
             'model.heads has "span_boundary", which needs model.embed_dim equal to model.model_dim',
+        ),
+        (
+            model.head_transform and model.embed_width != model.model_dim,
+            "model.head_transform needs model.embed_dim equal to model.model_dim",
         ),
         (
             model.mup_base is not None

@@ -62,7 +62,7 @@ class LanguageHead(Module):
 
 
 class Pooler(Module):
-    """act(x·W + b) of the first token, with tanh in BERT.
+    """act(x·W + b) of one state for the whole sequence, with tanh in BERT.
 
     Reference: Devlin et al. 2018, arXiv:1810.04805 (released code).
     """
@@ -72,8 +72,8 @@ class Pooler(Module):
         self.activation = config.pooler_activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, D]."""
-        return ACTIVATIONS[self.activation](self.dense(hidden[:, 0]))
+        """[B, D] -> [B, D]."""
+        return ACTIVATIONS[self.activation](self.dense(hidden))
 
 
 class Replaced(Module):
@@ -126,10 +126,14 @@ class Heads(Module):
         self.pair = make("pair", lambda: _dense(config, d, 2))
         self.replaced = make("replaced", lambda: Replaced(config))
         self.span_boundary = make("span_boundary", lambda: SpanBoundary(config))
-        self.sequence = make("sequence", lambda: _dense(config, d, config.num_labels, bias=config.bias))
-        self.token = make("token", lambda: _dense(config, d, config.num_labels, bias=config.bias))
+        # As the published classes have it, whatever the biases of the layers are.
+        biased = config.architecture != "decoder"
+        self.sequence = make("sequence", lambda: _dense(config, d, config.num_labels, bias=biased))
+        self.token = make("token", lambda: _dense(config, d, config.num_labels))
+        classifies = "sequence" in wanted or "token" in wanted
+        self.transform = Transform(config) if config.head_transform and classifies else None
         self.value = make("value", lambda: _dense(config, d, 1))
-        self.causal = config.architecture != "encoder"
+        self.causal, self.mean = config.architecture != "encoder", config.pooling == "mean"
 
     def __call__(self, hidden: jax.Array, real: jax.Array | None) -> dict[str, jax.Array]:
         """What each head says, but for those that need more than the hidden states.
@@ -139,27 +143,38 @@ class Heads(Module):
             real: bool [B, T], which tokens are no padding; None: all.
 
         Returns:
-            "pooled" [B, D]; "pair_logits" [B, 2]; "replaced_logits" [B, T]; "sequence_logits" [B, labels], of the pooled state,
-            else of the first token (encoder) or the last (decoder); "token_logits" [B, T, labels]; "values" [B, T].
+            "pooled" [B, D], of the first token (encoder), the last real one (others), or the mean of all; "pair_logits" [B, 2];
+            "replaced_logits" [B, T]; "sequence_logits" [B, labels], of the pooled state where there is a pooler, else of the
+            same as it; "token_logits" [B, T, labels]; "values" [B, T].
         """
         made: dict[str, jax.Array] = {}
-        whole = hidden[:, 0]
-        if self.causal and self.sequence is not None:
-            length = hidden.shape[1]
-            last = jnp.full((hidden.shape[0],), length - 1)
-            if real is not None:
-                last = jnp.max(jnp.where(real, jnp.arange(length)[None], 0), -1)
-            whole = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+        whole = self._whole(hidden, real)
         if self.pooler is not None:
-            made["pooled"] = whole = self.pooler(hidden)
+            made["pooled"] = whole = self.pooler(whole)
         if self.pair is not None:
             made["pair_logits"] = self.pair(whole).astype(jnp.float32)
         if self.replaced is not None:
             made["replaced_logits"] = self.replaced(hidden)
+        ready = (lambda x: x) if self.transform is None else self.transform
         if self.sequence is not None:
-            made["sequence_logits"] = self.sequence(whole).astype(jnp.float32)
+            made["sequence_logits"] = self.sequence(ready(whole)).astype(jnp.float32)
         if self.token is not None:
-            made["token_logits"] = self.token(hidden).astype(jnp.float32)
+            made["token_logits"] = self.token(ready(hidden)).astype(jnp.float32)
         if self.value is not None:
             made["values"] = self.value(hidden)[..., 0].astype(jnp.float32)
         return made
+
+    def _whole(self, hidden: jax.Array, real: jax.Array | None) -> jax.Array:
+        """[B, T, D] -> [B, D]: what stands for the whole sequence."""
+        if self.mean:
+            real = jnp.ones(hidden.shape[:2], bool) if real is None else real
+            kept = jnp.where(real[..., None], hidden, jnp.zeros((), hidden.dtype)).astype(jnp.float32)
+            count = jnp.maximum(jnp.sum(real, 1, keepdims=True), 1).astype(jnp.float32)
+            return (jnp.sum(kept, 1) / count).astype(hidden.dtype)
+        if not self.causal:
+            return hidden[:, 0]
+        length = hidden.shape[1]
+        last = jnp.full((hidden.shape[0],), length - 1)
+        if real is not None:
+            last = jnp.max(jnp.where(real, jnp.arange(length)[None], 0), -1)
+        return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]

@@ -158,7 +158,9 @@ FAMILIES = {
         "GPT2LMHeadModel",
         {**GPT2, "n_inner": None, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
     ),
+    "gpt2-sequence": ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 3}),
     "gpt-neox": ("GPTNeoXForCausalLM", TINY),
+    "gpt-neox-token": ("GPTNeoXForTokenClassification", {**TINY, **LABELED}),
     "gpt-neox-sequential": (
         "GPTNeoXForCausalLM",
         {**TINY, "use_parallel_residual": False, "rotary_pct": 0.5, "rotary_emb_base": 500.0, "layer_norm_eps": 1e-3},
@@ -192,6 +194,7 @@ FAMILIES = {
         {**GROUPED, "max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
     ),
     "llama-sequence": ("LlamaForSequenceClassification", {**GROUPED, "num_labels": 3}),
+    "llama-token": ("LlamaForTokenClassification", {**GROUPED, "num_labels": 3}),
     "mistral-window": ("MistralForCausalLM", {**GROUPED, "sliding_window": 8}),
     "mistral-full": ("MistralForCausalLM", {**WIDE, **COARSE, "sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
@@ -269,6 +272,12 @@ FAMILIES = {
         "ModernBertForMaskedLM",
         {**MODERNBERT, "attention_bias": True, "mlp_bias": True, "norm_bias": True, "norm_eps": 1e-3},
     ),
+    "modernbert-sequence": (
+        "ModernBertForSequenceClassification",
+        {**MODERNBERT, **LABELED, "classifier_pooling": "mean"},
+    ),
+    "modernbert-token": ("ModernBertForTokenClassification", {**MODERNBERT, **LABELED, "classifier_bias": True}),
+    "t5-sequence": ("T5ForSequenceClassification", {**T5, **LABELED, "feed_forward_proj": "relu"}),
     "t5-v1.0": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "relu"}),
     "t5-v1.1": (
         "T5ForConditionalGeneration",
@@ -278,6 +287,7 @@ FAMILIES = {
     "umt5": ("UMT5ForConditionalGeneration", T5),
     "umt5-wide": ("UMT5ForConditionalGeneration", T5_WIDE),
     "bart": ("BartForConditionalGeneration", BART),
+    "bart-sequence": ("BartForSequenceClassification", {**BART, **LABELED}),
     "bart-scaled": ("BartForConditionalGeneration", {**BART, "decoder_layers": 3, "scale_embedding": True}),
 }
 
@@ -335,7 +345,13 @@ def inputs(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, np.nda
     if getattr(config, "type_vocab_size", 0) == 2:
         values["token_types"] = np.tile(np.arange(LENGTH) >= 20, (2, 1)).astype(np.int64)
     positions = np.arange(LENGTH)
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder and task.endswith("SequenceClassification"):
+        # These classes take the decoder's state where the encoder's tokens have eos.
+        values["ids"][np.arange(2), mask.sum(1) - 1] = config.eos_token_id
+        start = np.full((2, 1), config.decoder_start_token_id)
+        values["decoder_ids"] = np.concatenate([start, values["ids"][:, :-1]], 1)
+        values |= {"decoder_mask": mask.astype(np.int64), "labels": rng.integers(0, config.num_labels, 2)}
+    elif config.is_encoder_decoder:
         mask = padded(DECODER_LENGTH, DECODER_REAL)
         values["labels"] = draw(mask)
         shifted = model.prepare_decoder_input_ids_from_labels(torch.from_numpy(values["labels"]))
@@ -366,7 +382,8 @@ def outputs(model: torch.nn.Module, values: dict[str, np.ndarray]) -> tuple[torc
     answer = model(**arguments, output_hidden_states=True)
     if model.config.is_encoder_decoder:
         logits, hidden = answer.logits, answer.decoder_hidden_states[-1]
-        return answer.loss, {"logits": logits, "hidden": hidden, "encoder_hidden": answer.encoder_last_hidden_state}
+        kind = "sequence_logits" if task.endswith("SequenceClassification") else "logits"
+        return answer.loss, {kind: logits, "hidden": hidden, "encoder_hidden": answer.encoder_last_hidden_state}
     base = model.base_model(**{key: value for key, value in arguments.items() if "label" not in key})
     found = {"hidden": base.last_hidden_state}
     if getattr(base, "pooler_output", None) is not None:

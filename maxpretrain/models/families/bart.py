@@ -10,10 +10,15 @@ import numpy as np
 
 from maxpretrain.config import ModelConfig
 from maxpretrain.models.families.naming import Name, embedding, linear, name, norm, under
+from maxpretrain.models.families.t5 import classification_head
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options
 
 MODEL_TYPE = "bart"
-CLASSES = {"BartForConditionalGeneration": ("lm",), "BartModel": ("lm",)}
+CLASSES = {
+    "BartForConditionalGeneration": ("lm",),
+    "BartForSequenceClassification": ("pooler", "sequence"),
+    "BartModel": ("lm",),
+}
 PREFIX = "model."
 # A bias of zeros, which every file has, is none: see `refined`.
 IGNORED = (r"^(model\.)?(en|de)coder\.version$", r"^final_logits_bias$")
@@ -85,9 +90,10 @@ def refined(model: ModelConfig, tensors: Collection[str], read: Callable[[str], 
 def names(model: ModelConfig) -> list[Name]:
     return [
         embedding("model.shared.weight"),
-        *([name("final_logits_bias", "lm/bias", form="row")] if model.lm_bias else []),
+        *([name("final_logits_bias", "lm/bias", form="row")] if model.lm_bias and "lm" in model.heads else []),
         *_stack("encoder"),
         *_stack("decoder"),
+        *(classification_head() if "sequence" in model.heads else []),
     ]
 
 

@@ -10,7 +10,11 @@ from maxpretrain.models.families.naming import Name, embedding, linear, norm, un
 from maxpretrain.models.families.options import Options
 
 MODEL_TYPE = "bloom"
-CLASSES = {"BloomForCausalLM": ("lm",), "BloomForTokenClassification": ("token",)}
+CLASSES = {
+    "BloomForCausalLM": ("lm",),
+    "BloomForSequenceClassification": ("sequence",),
+    "BloomForTokenClassification": ("token",),
+}
 PREFIX = "transformer."
 IGNORED = ()
 TIED = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -71,6 +75,7 @@ def names(model: ModelConfig) -> list[Name]:
         *under("transformer.h.{layer}.", layer),
         *norm("transformer.ln_f", "decoder/norm", bias=True),
         *(linear("lm_head", "unembed", bias=False) if separate else []),
+        *(linear("score", "heads/sequence", bias=False) if "sequence" in model.heads else []),
         *(linear("classifier", "heads/token", bias=True) if "token" in model.heads else []),
     ]
 

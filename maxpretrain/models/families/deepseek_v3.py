@@ -11,7 +11,11 @@ from maxpretrain.models.families.naming import Name, linear, norm
 from maxpretrain.models.families.options import Options, rope_to
 
 MODEL_TYPE = "deepseek_v3"
-CLASSES = {"DeepseekV3ForCausalLM": ("lm",), "DeepseekV3ForSequenceClassification": ("sequence",)}
+CLASSES = {
+    "DeepseekV3ForCausalLM": ("lm",),
+    "DeepseekV3ForSequenceClassification": ("sequence",),
+    "DeepseekV3ForTokenClassification": ("token",),
+}
 PREFIX = ""
 # The module for further tokens comes as layer 61 of the published file, behind those of the network.
 IGNORED = (r"rotary_emb\.inv_freq$", r"^model\.layers\.61\.")

@@ -141,6 +141,8 @@ def outside(model: ModelConfig) -> list[Name]:
         names += linear("lm_head", "unembed", bias=False)
     if "sequence" in model.heads:
         names += linear("score", "heads/sequence", bias=False)
+    if "token" in model.heads:
+        names += linear("score", "heads/token", bias=True)
     return names
 
 

@@ -12,7 +12,11 @@ from maxpretrain.models.families.naming import Name
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options, rope_to, types_to
 
 MODEL_TYPE = "gemma2"
-CLASSES = {"Gemma2ForCausalLM": ("lm",), "Gemma2ForSequenceClassification": ("sequence",)}
+CLASSES = {
+    "Gemma2ForCausalLM": ("lm",),
+    "Gemma2ForSequenceClassification": ("sequence",),
+    "Gemma2ForTokenClassification": ("token",),
+}
 PREFIX = ""
 IGNORED = (r"rotary_emb\.inv_freq$",)
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}

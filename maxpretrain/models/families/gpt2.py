@@ -9,7 +9,11 @@ from maxpretrain.models.families.naming import Name, embedding, linear, name, no
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options
 
 MODEL_TYPE = "gpt2"
-CLASSES = {"GPT2LMHeadModel": ("lm",)}
+CLASSES = {
+    "GPT2LMHeadModel": ("lm",),
+    "GPT2ForSequenceClassification": ("sequence",),
+    "GPT2ForTokenClassification": ("token",),
+}
 PREFIX = "transformer."
 IGNORED = (r"attn\.(masked_)?bias$",)
 TIED = {"lm_head.weight": "transformer.wte.weight"}
@@ -67,7 +71,9 @@ def names(model: ModelConfig) -> list[Name]:
         name("transformer.wpe.weight", "decoder/input/positions/table", form="plain"),
         *under("transformer.h.{layer}.", layer),
         *norm("transformer.ln_f", "decoder/norm", bias=True),
-        *([] if model.tie_embeddings else linear("lm_head", "unembed", bias=False)),
+        *(linear("lm_head", "unembed", bias=False) if "lm" in model.heads and not model.tie_embeddings else []),
+        *(linear("score", "heads/sequence", bias=False) if "sequence" in model.heads else []),
+        *(linear("classifier", "heads/token", bias=True) if "token" in model.heads else []),
     ]
 
 

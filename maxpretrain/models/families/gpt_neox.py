@@ -11,7 +11,11 @@ from maxpretrain.models.families.naming import Name, embedding, linear, norm, un
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options, rope_to
 
 MODEL_TYPE = "gpt_neox"
-CLASSES = {"GPTNeoXForCausalLM": ("lm",), "GPTNeoXForTokenClassification": ("token",)}
+CLASSES = {
+    "GPTNeoXForCausalLM": ("lm",),
+    "GPTNeoXForSequenceClassification": ("sequence",),
+    "GPTNeoXForTokenClassification": ("token",),
+}
 PREFIX = "gpt_neox."
 IGNORED = (r"\.attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$")
 TIED = {"embed_out.weight": "gpt_neox.embed_in.weight"}
@@ -84,6 +88,7 @@ def names(model: ModelConfig) -> list[Name]:
         *under("gpt_neox.layers.{layer}.", layer),
         *norm("gpt_neox.final_layer_norm", "decoder/norm", bias=True),
         *(linear("embed_out", "unembed", bias=False) if separate else []),
+        *(linear("score", "heads/sequence", bias=False) if "sequence" in model.heads else []),
         *(linear("classifier", "heads/token", bias=True) if "token" in model.heads else []),
     ]
 

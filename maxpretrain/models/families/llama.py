@@ -10,7 +10,11 @@ from maxpretrain.models.families.naming import Name
 from maxpretrain.models.families.options import Options, rope_to
 
 MODEL_TYPE = "llama"
-CLASSES = {"LlamaForCausalLM": ("lm",), "LlamaForSequenceClassification": ("sequence",)}
+CLASSES = {
+    "LlamaForCausalLM": ("lm",),
+    "LlamaForSequenceClassification": ("sequence",),
+    "LlamaForTokenClassification": ("token",),
+}
 IGNORED = (r"rotary_emb\.inv_freq$",)
 PREFIX = ""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -10,7 +10,11 @@ from maxpretrain.models.families.naming import Name
 from maxpretrain.models.families.options import Options, rope_to
 
 MODEL_TYPE = "mixtral"
-CLASSES = {"MixtralForCausalLM": ("lm",), "MixtralForSequenceClassification": ("sequence",)}
+CLASSES = {
+    "MixtralForCausalLM": ("lm",),
+    "MixtralForSequenceClassification": ("sequence",),
+    "MixtralForTokenClassification": ("token",),
+}
 PREFIX = ""
 IGNORED = (r"rotary_emb\.inv_freq$",)
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}

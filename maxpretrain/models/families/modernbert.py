@@ -12,7 +12,12 @@ from maxpretrain.models.families.naming import Name, embedding, linear, name, no
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options, pattern_from, rope_to, types_to
 
 MODEL_TYPE = "modernbert"
-CLASSES = {"ModernBertForMaskedLM": ("lm",), "ModernBertModel": ()}
+CLASSES = {
+    "ModernBertForMaskedLM": ("lm",),
+    "ModernBertForSequenceClassification": ("sequence",),
+    "ModernBertForTokenClassification": ("token",),
+    "ModernBertModel": (),
+}
 PREFIX = "model."
 IGNORED = (r"^head\.", r"^decoder\.")
 TIED = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
@@ -21,6 +26,7 @@ RENAMED = ()
 
 def from_options(options: Options) -> ModelConfig:
     options.only("rope_scaling", None)
+    options.only("classifier_pooling", "cls", "mean")
     options.only("head_dim", options.get("hidden_size") // options.get("num_attention_heads"))
     layers, every = options.get("num_hidden_layers"), options.get("global_attn_every_n_layers", default=3)
     types = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
@@ -56,6 +62,8 @@ def from_options(options: Options) -> ModelConfig:
         lm_transform=True,
         lm_activation=None if transform == activation else transform,
         lm_bias=options.get("decoder_bias", default=True),
+        head_transform=True,
+        pooling="mean" if options.get("classifier_pooling", default="cls") == "mean" else "end",
         dropout=options.dropout("attention_dropout", "embedding_dropout", "mlp_dropout"),
         init="truncated_normal",
         init_std=options.get("initializer_range", default=0.02),
@@ -85,6 +93,7 @@ def to_options(model: ModelConfig) -> dict[str, Any]:
         "mlp_bias": mlp_bias(model),
         "classifier_bias": model.bias,
         "classifier_activation": THEIR_ACTIVATIONS[model.lm_activation or model.activation],
+        "classifier_pooling": "mean" if model.pooling == "mean" else "cls",
         "decoder_bias": model.lm_bias,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_dropout": model.dropout,
@@ -115,12 +124,19 @@ def names(model: ModelConfig) -> list[Name]:
         *(under("model.layers.{layer}.", others, f"{BLOCK}/") if model.num_layers > 1 else []),
         *norm("model.final_norm", "encoder/norm", bias=norms),
     ]
+    for head in ("sequence", "token"):
+        if head in model.heads:
+            names += _transform("heads/transform", model.bias, norms)
+            names += linear("classifier", f"heads/{head}", bias=True)
     if "lm" in model.heads:
-        names += linear("head.dense", "lm/transform/dense", bias=model.bias)
-        names += norm("head.norm", "lm/transform/norm", bias=norms)
+        names += _transform("lm/transform", model.bias, norms)
         names += [name("decoder.bias", "lm/bias")] if model.lm_bias else []
         names += [] if model.tie_embeddings else linear("decoder", "unembed", bias=False)
     return names
+
+
+def _transform(ours: str, bias: bool, norm_bias: bool) -> list[Name]:
+    return [*linear("head.dense", f"{ours}/dense", bias=bias), *norm("head.norm", f"{ours}/norm", bias=norm_bias)]
 
 
 def _size(layers: int, dim: int, heads: int, mlp: int) -> ModelConfig:
@@ -148,6 +164,8 @@ def _size(layers: int, dim: int, heads: int, mlp: int) -> ModelConfig:
         mlp_bias=False,
         lm_transform=True,
         lm_bias=True,
+        head_transform=True,
+        pooling="mean",
         init="truncated_normal",
         init_std=0.02,
         depth_scaled_init=True,

@@ -11,7 +11,10 @@ from maxpretrain.models.families.t5 import names as names
 from maxpretrain.models.families.t5 import refined as refined
 
 MODEL_TYPE = "mt5"
-CLASSES = {"MT5ForConditionalGeneration": ("lm",)}
+CLASSES = {
+    "MT5ForConditionalGeneration": ("lm",),
+    "MT5ForSequenceClassification": ("pooler", "sequence"),
+}
 IGNORED = t5.IGNORED
 PREFIX = ""
 TIED = t5.TIED

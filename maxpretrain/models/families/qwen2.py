@@ -10,7 +10,11 @@ from maxpretrain.models.families.naming import Name
 from maxpretrain.models.families.options import Options, rope_to, types_to
 
 MODEL_TYPE = "qwen2"
-CLASSES = {"Qwen2ForCausalLM": ("lm",), "Qwen2ForSequenceClassification": ("sequence",)}
+CLASSES = {
+    "Qwen2ForCausalLM": ("lm",),
+    "Qwen2ForSequenceClassification": ("sequence",),
+    "Qwen2ForTokenClassification": ("token",),
+}
 PREFIX = ""
 IGNORED = (r"rotary_emb\.inv_freq$",)
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -10,7 +10,11 @@ from maxpretrain.models.families.naming import Name
 from maxpretrain.models.families.options import Options
 
 MODEL_TYPE = "qwen3"
-CLASSES = {"Qwen3ForCausalLM": ("lm",), "Qwen3ForSequenceClassification": ("sequence",)}
+CLASSES = {
+    "Qwen3ForCausalLM": ("lm",),
+    "Qwen3ForSequenceClassification": ("sequence",),
+    "Qwen3ForTokenClassification": ("token",),
+}
 PREFIX = ""
 IGNORED = (r"rotary_emb\.inv_freq$",)
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}

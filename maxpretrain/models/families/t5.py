@@ -16,11 +16,17 @@ from maxpretrain.models.families.naming import Name, embedding, linear, name, no
 from maxpretrain.models.families.options import ACTIVATIONS, THEIR_ACTIVATIONS, Options
 
 MODEL_TYPE = "t5"
-CLASSES = {"T5ForConditionalGeneration": ("lm",), "T5WithLMHeadModel": ("lm",)}
+CLASSES = {
+    "T5ForConditionalGeneration": ("lm",),
+    "T5WithLMHeadModel": ("lm",),
+    "T5ForSequenceClassification": ("pooler", "sequence"),
+}
 # The first decoder layer of version 1.0 has a bias by distance for the memory in its file, which nothing ever read.
 IGNORED = (r"EncDecAttention\.relative_attention_bias\.weight$",)
 PREFIX = ""
-TIED = {f"{part}.weight": "shared.weight" for part in ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")}
+TIED = {f"{part}.weight": "shared.weight" for part in ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")} | {
+    f"transformer.{part}.embed_tokens.weight": "transformer.shared.weight" for part in ("encoder", "decoder")
+}
 
 # A key of our own, for `tie_word_embeddings` does not say it: version 5 of the reference only takes from it whether logits are
 # scaled, and ties where the file has no unembedding.
@@ -134,8 +140,19 @@ def refined(model: ModelConfig, tensors: Collection[str], read: Callable[[str], 
 
 
 def names(model: ModelConfig) -> list[Name]:
+    network = [embedding("shared.weight"), *_stack(model, "encoder"), *_stack(model, "decoder")]
+    if "sequence" in model.heads:
+        return [*under("transformer.", network), *classification_head()]
     head = [] if model.tie_embeddings else linear("lm_head", "unembed", bias=False)
-    return [embedding("shared.weight"), *_stack(model, "encoder"), *_stack(model, "decoder"), *head]
+    return [*network, *head]
+
+
+def classification_head() -> list[Name]:
+    """Of the last token's state, as BART has it too."""
+    return [
+        *linear("classification_head.dense", "heads/pooler/dense", bias=True),
+        *linear("classification_head.out_proj", "heads/sequence", bias=True),
+    ]
 
 
 def _stack(model: ModelConfig, part: str) -> list[Name]:

@@ -13,7 +13,10 @@ from maxpretrain.models.families.t5 import names as names
 from maxpretrain.models.families.t5 import refined as refined
 
 MODEL_TYPE = "umt5"
-CLASSES = {"UMT5ForConditionalGeneration": ("lm",)}
+CLASSES = {
+    "UMT5ForConditionalGeneration": ("lm",),
+    "UMT5ForSequenceClassification": ("pooler", "sequence"),
+}
 IGNORED = t5.IGNORED
 PREFIX = ""
 TIED = t5.TIED
