@@ -7,7 +7,6 @@ text says: a document that spells `</s>` must not end itself.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import re
@@ -303,13 +302,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         raise UserError(
             'tokenizer.kind "huggingface" loads a tokenizer.json; set tokenizer.path, or train with tokenizer.kind "sentencepiece"'
         )
-    count = len(config.control_symbols)
-    if count >= config.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size {config.vocab_size} has no room for pieces beside {count} control symbols; use at least {count + 512}"
-        )
-    pieces = dataclasses.replace(config, vocab_size=config.vocab_size - count)
-    return SentencePiece(_with_controls(_train_sentencepiece(pieces, texts), config.control_symbols))
+    return SentencePiece(_with_controls(_train_sentencepiece(config, texts), config.control_symbols))
 
 
 def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
@@ -334,7 +327,7 @@ def _train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes
             sentence_iterator=sentences(),
             model_writer=model,
             model_type=config.algorithm,
-            vocab_size=config.vocab_size,
+            vocab_size=max(config.vocab_size - len(config.control_symbols), 8),  # fewer it cannot explain
             user_defined_symbols=list(config.user_symbols),
             normalization_rule_name="identity",
             byte_fallback=True,
@@ -395,15 +388,19 @@ def _rounded(model: bytes) -> bytes:
 
 def _explain(config: TokenizerConfig, message: str, count: int) -> UserError:
     """sentencepiece's own words, turned into what to do."""
+    controls = len(config.control_symbols)
     high = re.search(r"value\s*<=\s*(\d+)", message)
     if high:
         return UserError(
-            f"tokenizer.vocab_size {config.vocab_size} is more than the corpus allows; use at most {high[1]}, or give more text"
+            f"tokenizer.vocab_size {config.vocab_size} is more than the corpus allows; use at most {int(high[1]) + controls}, or give "
+            "more text"
         )
     low = re.search(r"smaller than required_chars\D*\d+\s+vs\s+(\d+)", message)
     if low:
+        beside = f", 256 bytes and {controls} control symbols" if controls else " and 256 bytes"
         return UserError(
-            f"tokenizer.vocab_size {config.vocab_size} is too small for the corpus's characters and 256 bytes; use at least {low[1]}"
+            f"tokenizer.vocab_size {config.vocab_size} is too small for the corpus's characters{beside}; use at least "
+            f"{int(low[1]) + controls}"
         )
     if count == 0 or "required_chars_" in message:
         return UserError("the corpus holds no text to train a tokenizer on; check data.train")

@@ -33,7 +33,7 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
     References: see `nn.router.LOSSES`.
     """
     if "load" not in loss.experts:
-        return loss._replace(experts={})
+        return loss._replace(experts={}) if loss.experts else loss
     said = loss.experts
     total, metrics = loss.sum, dict(loss.metrics)
     with jax.named_scope("balance"):

@@ -375,3 +375,57 @@ def test_what_does_not_fit_is_refused(store):
     for rows in (range(3, 6), range(0, 0), range(0, 4, 2)):
         with pytest.raises(UserError, match="not in a batch of 5"):
             build([store], rows=rows)
+
+
+class Pairs(Objective):
+    """Keeps its window, and the partner that came with it."""
+
+    partner = True
+
+    def raw_length(self, length):
+        return length
+
+    def fields(self, length):
+        return {"tokens": ((length,), "int32"), "partner": ((length,), "int32")}
+
+    def example(self, tokens, rng, segments=None, *, partner):
+        return {"tokens": tokens, "partner": partner}
+
+
+def document_of(store, token):
+    return np.searchsorted(store.offsets, token, "right") - 1
+
+
+def test_partners_begin_other_documents(store):
+    batches = [build([store], objective=Pairs()).batch(n) for n in range(40)]
+    first, partner = (np.concatenate([b[name][:, 0] for b in batches]) for name in ("tokens", "partner"))
+    assert (document_of(store, first) != document_of(store, partner)).all()
+    # Documents 0, 1, 3 begin there; the third has one token, and the last window of the text begins at 193.
+    assert set(partner.tolist()) == {0, 7, 37, 38, 100}
+    same(build([store], objective=Pairs()).batch(7), batches[7])
+    whole = EvaluationBatches([store], Pairs(), batch_size=4, length=8)
+    again = EvaluationBatches([store], Pairs(), batch_size=7, length=8)
+    rows = [np.concatenate([b["partner"] for b in e])[: len(store.offsets)] for e in (whole, again)]
+    np.testing.assert_array_equal(*rows)
+
+
+def test_partners_need_a_second_document(tmp_path):
+    alone = make_store(tmp_path / "s", [60])
+    with pytest.raises(UserError, match="holds one document, and the objective pairs texts of different ones"):
+        build([alone], objective=Pairs()).batch(0)
+
+
+def test_an_objective_may_change_along_the_run(store):
+    class Later(Pairs):
+        partner = False
+        number = 0
+
+        def at(self, step):
+            later = Later()
+            object.__setattr__(later, "number", step)
+            return later
+
+        def example(self, tokens, rng, segments=None):
+            return {"tokens": tokens, "partner": np.full_like(tokens, self.number)}
+
+    assert set(build([store], objective=Later()).batch(3)["partner"].ravel().tolist()) == {3}

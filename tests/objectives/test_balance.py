@@ -1,0 +1,129 @@
+"""The balance losses in a step: what they add, what they report, and the bias that follows the load."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxpretrain import mesh, optim
+from maxpretrain.config import BalanceConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig
+from maxpretrain.models import build
+from maxpretrain.objectives import CLM, Loss
+from maxpretrain.objectives.balance import balanced, with_updated_bias
+from maxpretrain.train.state import init_state
+from maxpretrain.train.step import make_train_step
+
+MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=16, balance_bias=True)
+MODEL = ModelConfig(
+    vocab_size=32, num_layers=2, model_dim=16, num_heads=2, mlp_dim=16, max_length=16, moe=MOE, init_std=0.2
+)
+OPTIMIZER = OptimizerConfig(peak_lr=1e-2, schedule=ScheduleConfig(warmup=0))
+
+
+def said(load, probability, tokens=8.0):
+    """Statistics of one layer as nn.router makes them."""
+    one = lambda x: jnp.asarray([x], jnp.float32)  # noqa: E731
+    return {
+        "load": one(load),
+        "probability": one(probability),
+        "importance": one(probability),
+        "tokens": one(tokens),
+        "logsumexp_squared": one(6.40936 * tokens),
+        "entropy": one(0.5 * tokens),
+        "dropped": one(4.0),
+        "sequences": one(1.0),
+        "sequence_balance": one(1.25),
+    }
+
+
+def loss_with(statistics):
+    return Loss(jnp.float32(30.0), jnp.float32(10.0), {}, statistics)
+
+
+def means(loss):
+    return {name: np.asarray(total / weight) for name, (total, weight) in loss.metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # load [4, 0, 2, 2] of 4 tokens with 2 choices, probability even: 4·Σ f·P with f [1, 0, .5, .5], P .25 each.
+    [("switch", 2.0), ("switch_mean", 1.0), ("importance", 0.0), ("importance_mean_square", 1.0), ("sequence", 1.25)],
+)
+def test_what_each_kind_adds(kind, expected):
+    config = BalanceConfig(loss=kind, weight=0.5)
+    loss = balanced(loss_with(said([4, 0, 2, 2], [1, 1, 1, 1], 4.0)), config, MOE)
+    assert float(loss.sum / loss.weight) == pytest.approx(3.0 + 0.5 * expected, rel=1e-6)
+    assert means(loss)["load_balance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_reported():
+    config = BalanceConfig(loss="none", z_weight=0.1)
+    moe = dataclasses.replace(MOE, capacity=1.0)
+    loss = balanced(loss_with(said([4, 0, 2, 2], [1, 1, 1, 1], 4.0)), config, moe)
+    found = means(loss)
+    assert "load_balance" not in found
+    assert found["router_z"] == pytest.approx(6.40936)
+    assert float(loss.sum / loss.weight) == pytest.approx(3.0 + 0.640936)
+    assert found["router_entropy"] == pytest.approx(0.5)
+    np.testing.assert_allclose(found["expert_load"], [2.0, 0.0, 1.0, 1.0])  # of an even share
+    assert found["expert_load_spread"] == pytest.approx(0.7071068)  # √(2/4)
+    assert found["dropped"] == pytest.approx(0.5)  # 4 of 8 choices
+
+
+def test_no_experts_no_change():
+    plain = Loss(jnp.float32(1.0), jnp.float32(1.0), {})
+    assert balanced(plain, BalanceConfig(), MOE) is plain
+
+
+def test_the_bias_moves_against_the_load():
+    bias = jnp.zeros((2, 4))
+    params = {"decoder": {"stack": {"experts": {"mlp": {"balance_bias": bias, "x": 1}}, "y": 2}}, "z": 3}
+    load = jnp.asarray([[4.0, 0.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0]])
+    new = with_updated_bias(params, {"load": load}, BalanceConfig(bias_rate=0.001))
+    np.testing.assert_allclose(
+        new["decoder"]["stack"]["experts"]["mlp"]["balance_bias"], [[-0.001, 0.001, 0, 0], [0, 0, 0, 0]], atol=1e-9
+    )
+    assert new["decoder"]["stack"]["y"] == 2
+    assert new["z"] == 3
+    assert with_updated_bias(params, {"load": load}, BalanceConfig(bias_rate=0.0)) is params
+    assert with_updated_bias(params, {}, BalanceConfig()) is params
+
+
+def train(axes, devices, *, balance, microbatches=1, steps=3):
+    model = build(MODEL)
+    how = {"steps": steps, "tokens_per_step": 128}
+    tx = optim.build_optimizer(OPTIMIZER, decay_mask=optim.decay_mask(model.abstract), **how)
+    rate = optim.schedule(OPTIMIZER.schedule, peak_lr=OPTIMIZER.peak_lr, **how)
+    layout = mesh.make_layout(MeshConfig(**axes), jax.devices()[:devices])
+    rng = np.random.default_rng(0)
+    with mesh.use(layout):
+        state = init_state(model, tx, layout, 0)
+        make = make_train_step(model, CLM(), tx, OPTIMIZER, rate, seed=0, microbatches=microbatches, balance=balance)
+        step = jax.jit(make)
+        for _ in range(steps):
+            raw = rng.integers(0, 32, (8, 17)).astype(np.int32)
+            state, metrics = step(state, layout.global_batch(CLM().examples(raw), 8))
+    return jax.device_get(metrics), np.asarray(state["params"]["decoder"]["stack"]["experts"]["mlp"]["balance_bias"])
+
+
+def test_statistics_are_of_the_global_batch():
+    balance = BalanceConfig(loss="switch", weight=0.1, bias_rate=0.01)
+    one, bias = train({}, 1, balance=balance)
+    many, bias_of_many = train({"data": 2, "expert": 2, "fsdp": 2}, 8, balance=balance)
+    for name in ("loss", "load_balance", "router_entropy", "expert_load", "expert_load_spread"):
+        np.testing.assert_allclose(many[name], one[name], rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(bias, bias_of_many)
+    assert np.abs(bias).max() == pytest.approx(0.03)  # three steps the same way for some expert
+    assert one["expert_load"].shape == (4,)
+    assert one["expert_load"].mean() == pytest.approx(1.0)
+
+
+def test_the_bias_goes_by_all_microbatches():
+    balance = BalanceConfig(loss="none", bias_rate=0.01)
+    whole, bias = train({}, 1, balance=balance)
+    parts, bias_of_parts = train({}, 1, balance=balance, microbatches=4)
+    np.testing.assert_array_equal(bias, bias_of_parts)
+    np.testing.assert_allclose(parts["expert_load"], whole["expert_load"], rtol=1e-6)
+    assert parts["loss"] == pytest.approx(float(whole["loss"]), rel=1e-5)
