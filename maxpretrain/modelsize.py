@@ -44,6 +44,11 @@ def stack_matrices(model: ModelConfig, *, active: bool = True, decoder: bool = F
     return sum(attention + mlp_matrices(model, i, active=active) for i in range(layers))
 
 
+def memory_matrices(model: ModelConfig) -> int:
+    """Elements of the projections of an encoder's states to keys and values, in one layer of the decoder."""
+    return 2 * model.model_dim * model.kv_heads * model.head_width
+
+
 def head_matrices(model: ModelConfig, vocab_size: int) -> int:
     """Elements of what stands between the last hidden state and the vocabulary, and between the embedding and the first."""
     between = model.model_dim * model.embed_width

@@ -24,6 +24,7 @@ import numpy as np
 
 from maxpretrain import modelsize
 from maxpretrain.config import ModelConfig
+from maxpretrain.objectives import Objective
 
 
 def matmul_parameters(model: ModelConfig) -> int:
@@ -45,27 +46,59 @@ def matmul_parameters(model: ModelConfig) -> int:
     return modelsize.stack_matrices(model) + decoder + head
 
 
-def flops_per_token(model: ModelConfig, length: int, causal: bool) -> float:
+def flops_per_token(
+    model: ModelConfig,
+    length: int,
+    causal: bool,
+    *,
+    decoder_length: int | None = None,
+    predictions: int | None = None,
+) -> float:
     """FLOPs to train on one token, forward and backward.
 
     6·(matrix parameters) + 12·H·K·(keys seen) a layer: all T of them, or those of a window; with half of the latter where
-    causal attention is counted once. An encoder-decoder is counted as if both sides had `length` tokens.
+    causal attention is counted once. Parts that not every token goes through count by their share of the tokens.
 
     Args:
         model: with `vocab_size` given.
-        length: tokens in a sequence, T.
+        length: tokens in a sequence, T; of an encoder-decoder those of the encoder, which the FLOPs are shared out to.
         causal: count only what a causal mask leaves of attention, T/2 keys a query.
+        decoder_length: tokens of an encoder-decoder's decoder; None: as many.
+        predictions: places of a sequence whose logits are computed; None: all (of the decoder).
 
     Reference:
         Chowdhery et al., 2022, PaLM, arXiv:2204.02311, appendix B.
     """
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is None; give the tokenizer's size")
     latent = model.latent
     width = (latent.nope_dim + latent.rope_dim + latent.value_dim) / 2 if latent.kv_rank else model.head_width
-    keys = sum(modelsize.seen_keys(model, i, length, causal=causal) for i in range(model.num_layers))
+    pairs = length * sum(modelsize.seen_keys(model, i, length, causal=causal) for i in range(model.num_layers))
+    products = length * modelsize.stack_matrices(model)
+    last = length
     if model.architecture == "encoder-decoder":
-        own = length / 2 if causal else length
-        keys = model.num_layers * length + model.decoder_layers * (own + length)
-    return float(6 * matmul_parameters(model) + 12 * model.num_heads * width * keys)
+        last = length if decoder_length is None else decoder_length
+        own = last / 2 if causal else last
+        pairs = model.num_layers * length**2 + model.decoder_layers * last * (own + length)
+        # Of the attention to the encoder, keys and values are made of the encoder's tokens.
+        memory = model.decoder_layers * modelsize.memory_matrices(model)
+        products += last * (modelsize.stack_matrices(model, decoder=True) - memory) + length * memory
+    if "lm" in model.heads:
+        asked = last if predictions is None else predictions
+        products += asked * modelsize.head_matrices(model, model.vocab_size)
+    return float(6 * products + 12 * model.num_heads * width * pairs) / length
+
+
+def training_flops(objective: Objective, model: ModelConfig, length: int, causal: bool) -> float:
+    """`flops_per_token` of an objective's examples of `length`, over all networks that they go through."""
+    return sum(
+        flops_per_token(
+            work.model, work.length, causal, decoder_length=work.decoder_length, predictions=work.predictions
+        )
+        * work.length
+        / length
+        for work in objective.work(model, length)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

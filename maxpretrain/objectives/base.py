@@ -36,6 +36,22 @@ class Loss(NamedTuple):
     experts: dict[str, jax.Array] = {}  # noqa: RUF012
 
 
+class Work(NamedTuple):
+    """A network that an example goes through, for counting FLOPs.
+
+    Attributes:
+        model: its shape; `vocab_size` is a number.
+        length: tokens of the example; of an encoder-decoder those of the encoder.
+        decoder_length: tokens of the decoder, where there are two stacks.
+        predictions: places whose logits are computed.
+    """
+
+    model: ModelConfig
+    length: int
+    decoder_length: int
+    predictions: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
     """What a model is trained to do: how raw tokens become an example (host, numpy), and what the loss is (device, jnp).
@@ -125,6 +141,12 @@ class Objective:
     def fields(self, length: int) -> Fields:
         """The example it makes: name -> (shape, dtype)."""
         raise NotImplementedError
+
+    def work(self, model: ModelConfig, length: int) -> list[Work]:
+        """The networks that an example of `length` goes through."""
+        size = lambda name: fields.get(name, ((0,), ""))[0][0]  # noqa: E731
+        fields = self.fields(length)
+        return [Work(model, size("tokens"), size("decoder_tokens"), size("labels"))]
 
     def example(
         self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None, **more: np.ndarray

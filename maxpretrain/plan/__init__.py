@@ -12,7 +12,7 @@ from maxpretrain import hardware, optim
 from maxpretrain.config import Run, validate
 from maxpretrain.errors import UserError
 from maxpretrain.mesh import Layout, make_layout
-from maxpretrain.monitor.flops import flops_per_token
+from maxpretrain.monitor.flops import training_flops
 from maxpretrain.nn.base import is_spec
 from maxpretrain.plan import memory
 from maxpretrain.plan.render import render
@@ -232,7 +232,7 @@ def plan(run: Run, target: str | None = None, mfu: float | None = None, devices:
 
 def _described(run: Run, where: Target, mfu: float | None) -> dict[str, Any]:
     """What of a plan follows from the config, the devices' peak and the MFU alone: tokens, work, time, learning rate."""
-    causal, full = (flops_per_token(run.model, run.batch.length, causal=c) for c in (True, False))
+    causal, full = (training_flops(run.objective, run.model, run.batch.length, causal=c) for c in (True, False))
     step_tokens, tokens = run.tokens_per_step, run.tokens_per_step * run.steps
     count, reached = len(where.devices), mfu or DEFAULT_MFU
     per_second = count * where.peak_flops * reached / causal

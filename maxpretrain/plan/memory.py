@@ -96,7 +96,9 @@ def estimate(run: Run, model: Model, optimizer: optax.GradientTransformation, la
     if config.architecture == "encoder-decoder":
         layers += 1.5 * config.decoder_layers  # attention twice
     per_token = layers * saved[execution.remat] + saved["none"] + 3 * itemsize * config.model_dim
-    chunk = tokens / num_chunks(rows, batch.length, execution.loss_chunk, layout.extent("batch"))
+    predicted = run.objective.fields(batch.length).get("labels", ((batch.length,), ""))[0][0]
+    share = rows * predicted / layout.extent("batch") / layout.extent("length")
+    chunk = share / num_chunks(rows, predicted, execution.loss_chunk, layout.extent("batch"))
     return {
         "parameters": parameters,
         "gradients": parameters * (2 if batch.microbatches > 1 else 1),

@@ -18,7 +18,7 @@ from maxpretrain.data.pipeline import Batches
 from maxpretrain.errors import Diverged, Stopped
 from maxpretrain.generate import Generator
 from maxpretrain.monitor.console import Console
-from maxpretrain.monitor.flops import flops_per_token, peak_flops
+from maxpretrain.monitor.flops import peak_flops, training_flops
 from maxpretrain.monitor.ledger import Ledger
 from maxpretrain.monitor.sinks import Sinks
 from maxpretrain.train.interrupt import Interrupt
@@ -135,7 +135,7 @@ class Trainer:
         """
         run = self.run
         model = self.setup.model.config
-        causal, full = (flops_per_token(model, run.batch.length, causal) for causal in (True, False))
+        causal, full = (training_flops(run.objective, model, run.batch.length, causal) for causal in (True, False))
         devices = self.setup.layout.num_devices
         peak, source = peak_flops(self.setup.layout.mesh.devices.flat[0])
         self.console.say(f"MFU is counted against {source}")

@@ -23,6 +23,7 @@ TEXTS = [
 # " a" is a symbol that sentencepiece never finds: it looks for U+2581 where a text has a space.
 SYMBOLS = ("<mask>", "<a,b>", "«x»", "|>", "|", " a")
 PLAIN_SYMBOLS = (*SYMBOLS, "\n\n\n", "<s>", "</s>", "<pad>", "<unk>", "é", "Ġ", "e", "<", "#[x]\\-&~ ", "日本")
+CONTROLS = ("[NLU]", "<extra_id_1>", "<extra_id_0>")
 HARD = [
     *"ab c\n\t \r▁▅é😀\x01\0\u2028\ufffd\u0301\ufeffĠ‖#«",
     *(
@@ -42,6 +43,7 @@ HARD = [
         "👩‍👩‍👧",
     ),
     *SYMBOLS,
+    *CONTROLS,
 ]
 
 
@@ -75,17 +77,18 @@ def hugging_face():
 
 @pytest.fixture(scope="module")
 def kinds():
-    def train(algorithm, symbols=SYMBOLS):
-        config = TokenizerConfig(algorithm=algorithm, vocab_size=420, user_symbols=symbols)
+    def train(algorithm, symbols=SYMBOLS, controls=()):
+        config = TokenizerConfig(algorithm=algorithm, vocab_size=420, user_symbols=symbols, control_symbols=controls)
         return train_tokenizer(config, TEXTS)
 
     return {
         "unigram": rounded(train("unigram")),
-        "bpe": train("bpe"),
+        "unigram with controls": train("unigram", (), CONTROLS),
+        "bpe": train("bpe", controls=CONTROLS),
         "bpe without symbols": train("bpe", ()),
-        "bytes": Bytes(PLAIN_SYMBOLS),
+        "bytes": Bytes(PLAIN_SYMBOLS, CONTROLS),
         "bytes alone": Bytes(),
-        "characters": Characters("".join(HARD + TEXTS), PLAIN_SYMBOLS),
+        "characters": Characters("".join(HARD + TEXTS), PLAIN_SYMBOLS, CONTROLS),
         "characters alone": Characters("".join(HARD + TEXTS)),
         "huggingface": hugging_face(),
     }
@@ -93,6 +96,7 @@ def kinds():
 
 KINDS = (
     "unigram",
+    "unigram with controls",
     "bpe",
     "bpe without symbols",
     "bytes",

@@ -12,6 +12,7 @@ import pytest
 from maxpretrain.config import ModelConfig
 from maxpretrain.models import build
 from maxpretrain.monitor import flops
+from maxpretrain.objectives import CLM
 
 GPT2 = ModelConfig(vocab_size=50_257, num_layers=12, model_dim=768, num_heads=12)
 QWEN = ModelConfig(
@@ -184,3 +185,18 @@ def test_unknown_accelerator_is_measured_and_labelled(monkeypatch):
     peak, source = flops.peak_flops(SimpleNamespace(platform="gpu", device_kind="NVIDIA X1"))
     assert peak == 5e12
     assert source == "measured matmul peak (bf16, NVIDIA X1)"
+
+
+def test_what_not_every_token_goes_through_counts_by_its_share():
+    encoder = ModelConfig(
+        architecture="encoder", vocab_size=100, num_layers=1, model_dim=8, num_heads=2, mlp_dim=16, heads=("lm",)
+    )
+    # 4·8² of attention and 2·8·16 of the MLP, 8·100 of the head at 3 of 20 places, 12·D·T of attention.
+    assert flops.flops_per_token(encoder, 20, True, predictions=3) == 6 * 512 + 6 * 800 * 3 / 20 + 12 * 8 * 20
+    both = dataclasses.replace(encoder, architecture="encoder-decoder")
+    # A decoder's block has 4·8² more, of which 2·8² are for the encoder's tokens.
+    products = 20 * 512 + 5 * (768 - 128) + 20 * 128 + 5 * 800
+    pairs = 20 * 20 + 5 * (5 + 20)
+    assert flops.flops_per_token(both, 20, False, decoder_length=5) == (6 * products + 12 * 8 * pairs) / 20
+    run = CLM()
+    assert flops.training_flops(run, GPT2, 1024, True) == 797_815_296
