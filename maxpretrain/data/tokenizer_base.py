@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,15 +42,22 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_marked(self, text: str) -> np.ndarray:
-        """As `encode`, but control pieces that the text spells, such as a mask, are those tokens."""
+        """As `encode`, but control pieces that the text spells, such as a mask, are those tokens.
+
+        Where words carry the space before them, one right before a control piece is left out: it is the hidden word's.
+        """
         named = self.named
-        parts = (
-            re.split("(" + "|".join(map(re.escape, sorted(named, key=len, reverse=True))) + ")", text)
-            if named
-            else [text]
-        )
+        if not named:
+            return self.encode(text)
+        names = "|".join(map(re.escape, sorted(named, key=len, reverse=True)))
+        parts = re.split(f"{' ?' if self.spaces_lead else ''}({names})", text)
         ids = [[named[p]] if i % 2 else self.encode(p) for i, p in enumerate(parts)]
         return np.concatenate(ids).astype(np.int32)
+
+    @cached_property
+    def spaces_lead(self) -> bool:
+        """Whether words carry the space before them, as pieces of sentencepiece do."""
+        return any(re.match(rb" \w", self.piece_bytes(i)) for i in range(self.vocab_size))
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Many texts at once, which is much faster.

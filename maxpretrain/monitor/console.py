@@ -99,8 +99,9 @@ class Console:
             parts.append(f"perplexity {float(metrics['eval/perplexity']):,.2f}")
         if "eval/bits_per_byte" in metrics:
             parts.append(f"bits/byte {float(metrics['eval/bits_per_byte']):.4f}")
-        if "eval/accuracy" in metrics:
-            parts.append(f"accuracy {percent(float(metrics['eval/accuracy']))}")
+        for name, value in metrics.items():  # "accuracy", "pair_accuracy", "replaced_token_accuracy", …
+            if name.startswith("eval/") and name.endswith("accuracy"):
+                parts.append(f"{name.removeprefix('eval/').replace('_', ' ')} {percent(float(value))}")
         self._permanent("  ".join([f"eval {self._position(step)}", *parts]), _MARK, "eval")
 
     def checkpoint(self, step: int, seconds: float) -> None:

@@ -271,7 +271,7 @@ def _announce(setup: Any, sinks: Any, console: Any, start: int) -> None:
     if setup.choices:
         console.say("; ".join(setup.choices))
     baselines = prepared.baselines
-    if baselines:
+    if baselines and run.objective.whole_text:
         console.say(
             f"baselines on the validation text: unigram {baselines['unigram_bits_per_byte']:.3f}, "
             f"bigram {baselines['bigram_bits_per_byte']:.3f} bits per byte"

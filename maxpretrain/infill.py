@@ -1,0 +1,51 @@
+"""What an encoder-decoder puts in the place of sentinels in a text, as span corruption teaches it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from maxpretrain.data.tokenizer import Tokenizer
+from maxpretrain.generate import Generator
+
+SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+def has_sentinels(prompt: str, tokenizer: Tokenizer) -> bool:
+    """Whether a text has a sentinel of the tokenizer's, by its name, such as <extra_id_0>."""
+    return any(tokenizer.id_of(name) is not None for name in SENTINEL.findall(prompt))
+
+
+def fill_spans(generator: Generator, params: Any, prompts: Sequence[str], **how: Any) -> list[str]:
+    """The texts with spans in the place of their sentinels; a sentinel that the answer passes over stays.
+
+    Args:
+        generator: of an encoder-decoder.
+        params: of its model.
+        prompts: texts with sentinels by their names: `Paris is the <extra_id_0> of France.`
+        how: as `Generator` takes it; `max_new_tokens` bounds all spans of a text together.
+
+    Reference: Raffel et al. 2020, arXiv:1910.10683, §3.1.4.
+    """
+    tokenizer = generator.tokenizer
+    names = {tokenizer.id_of(name): name for name in tokenizer.named if SENTINEL.fullmatch(name)}
+    made = []
+    for prompt, ids in zip(prompts, generator.answers(params, prompts, **how), strict=True):
+        spans = spans_of(ids, names, tokenizer)
+        put = lambda found: spans.get(found[1], found[0])  # noqa: E731, B023
+        made.append(re.sub(f"{' ?' if tokenizer.spaces_lead else ''}({SENTINEL.pattern})", put, prompt))
+    return made
+
+
+def spans_of(ids: Sequence[int], names: dict[int, str], tokenizer: Tokenizer) -> dict[str, str]:
+    """Sentinel name -> the text that follows it in an answer; of one that comes twice the first counts."""
+    spans: dict[str, list[int]] = {}
+    current: list[int] = []  # what comes before the first sentinel belongs to none
+    for id in ids:
+        if id in names:
+            current = []
+            spans.setdefault(names[id], current)
+        else:
+            current.append(id)
+    return {name: tokenizer.decode(span) for name, span in spans.items()}
