@@ -16,12 +16,12 @@ from maxpretrain import configio, mesh
 from maxpretrain.checkpoint import Checkpoints
 from maxpretrain.data.pipeline import Batches
 from maxpretrain.errors import Diverged, Stopped
-from maxpretrain.generate import Generator
 from maxpretrain.monitor.console import Console
 from maxpretrain.monitor.flops import peak_flops, training_flops
 from maxpretrain.monitor.ledger import Ledger
 from maxpretrain.monitor.sinks import Sinks
 from maxpretrain.train.interrupt import Interrupt
+from maxpretrain.train.samples import Sampler
 from maxpretrain.train.setup import Setup
 from maxpretrain.train.state import State
 
@@ -98,7 +98,7 @@ class Trainer:
         self.sinks, self.checkpoints, self.console, self.ledger = sinks, checkpoints, console, ledger
         self.identity, self.check_owner = identity, check_owner
         self.session_start = time.perf_counter() - seconds_before
-        self.generator = Generator(setup.model, setup.prepared.tokenizer)
+        self.sampler = Sampler(setup.model, setup.prepared.tokenizer, self.run.evaluation, self.run.seed)
         self.skipped_in_a_row = 0
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.saved = start if start else -1
@@ -240,20 +240,12 @@ class Trainer:
         return True
 
     def _sample(self) -> None:
-        """Continues the prompts, for the report; an encoder continues nothing."""
-        config = self.run.evaluation
-        if self.setup.model.config.architecture == "encoder" or not (config.prompts and config.sample_tokens):
-            return
-        texts = self.generator(
-            self.state["params"],
-            config.prompts,
-            max_new_tokens=config.sample_tokens,
-            temperature=config.temperature,
-            seed=self.run.seed,
-        )
-        for prompt, text in zip(config.prompts, texts, strict=True):
+        """What the network says to the prompts, for the report."""
+        said = self.sampler(self.state["params"])
+        for prompt, text in said:
             self._event("sample", step=self.step, prompt=prompt, text=text)
-        self.console.say("sample: " + " ⏎ ".join(f"{config.prompts[0]}{texts[0]}".splitlines()))
+        for prompt, text in said[:1]:
+            self.console.say("sample: " + " ⏎ ".join(f"{prompt}{text}".splitlines()))
 
     def _save(self, *, final: bool) -> None:
         # A final save of a step whose save is still on its way waits for it, and makes up for one that failed.
