@@ -25,8 +25,8 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
         loss: with `experts` of a network that has some; else it is returned as it is.
 
     Returns:
-        The sum grows by the added losses times the weight, so that the mean grows by them. Metrics, besides: "load_balance" and
-        "router_z", the added losses without their factors; "router_entropy", nats; "expert_load" [X], tokens of each expert as a
+        The sum grows by the added losses times the weight, so that the mean grows by them. Metrics, besides: "task_loss", the
+        objective's own; "load_balance" and "router_z", the added losses without their factors; "router_entropy", nats; "expert_load" [X], tokens of each expert as a
         factor of an even share; "expert_load_spread", its coefficient of variation within a layer; "dropped", share of the
         choices that found no place. `experts` then holds the "load" alone, float32 [L, X].
 
@@ -35,7 +35,7 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
     if "load" not in loss.experts:
         return loss._replace(experts={}) if loss.experts else loss
     said = loss.experts
-    total, metrics = loss.sum, dict(loss.metrics)
+    total, metrics = loss.sum, {**loss.metrics, "task_loss": (loss.sum, loss.weight)}
     with jax.named_scope("balance"):
         for name, kind, factor in (("load_balance", config.loss, config.weight), ("router_z", "z", config.z_weight)):
             if kind == "none" or (kind == "z" and not factor):

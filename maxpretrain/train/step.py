@@ -104,8 +104,10 @@ def make_train_step(
             "step": state["step"] + 1,
         }
         metrics = {name: ratio(total, weight) for name, (total, weight) in loss.metrics.items()}
+        if "task_loss" in metrics:  # what counts as the loss is the objective's own, whatever is added to it
+            metrics["total_loss"] = loss.sum * share
         metrics |= {
-            "loss": loss.sum * share,
+            "loss": metrics.pop("task_loss", loss.sum * share),
             "grad_norm": norm,
             # The optimizer counts updates, which a skipped step is not.
             "learning_rate": learning_rate(_updates(state["opt_state"])),

@@ -112,7 +112,8 @@ def test_statistics_are_of_the_global_batch():
     balance = BalanceConfig(loss="switch", weight=0.1, bias_rate=0.01)
     one, bias = train({}, 1, balance=balance)
     many, bias_of_many = train({"data": 2, "expert": 2, "fsdp": 2}, 8, balance=balance)
-    for name in ("loss", "load_balance", "router_entropy", "expert_load", "expert_load_spread"):
+    assert one["total_loss"] == pytest.approx(one["loss"] + 0.1 * one["load_balance"], rel=1e-6)
+    for name in ("loss", "total_loss", "load_balance", "router_entropy", "expert_load", "expert_load_spread"):
         np.testing.assert_allclose(many[name], one[name], rtol=2e-5, err_msg=name)
     np.testing.assert_array_equal(bias, bias_of_many)
     assert np.abs(bias).max() == pytest.approx(0.03)  # three steps the same way for some expert
