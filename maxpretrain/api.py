@@ -159,21 +159,39 @@ class LoadedRun:
         top_p: float | None = None,
         seed: int = 0,
         stream: Stream | None = None,
+        suffix: str | Sequence[str] | None = None,
     ) -> list[str]:
         """Continuations of texts, without the texts; of an encoder-decoder, answers to them; see `maxpretrain.generate.Generator`.
 
+        With a suffix, or one for each prompt, a decoder that learned to fill in the middle makes what comes between.
+        Where all texts for an encoder-decoder have sentinels, the texts themselves, with spans in the place of these.
         Of an encoder the texts themselves, with tokens in the place of their masks (`maxpretrain.fill.FillMask.filled`), for
         which `max_new_tokens` has no meaning.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of them, such as run.generate([text])")
+        architecture = self.config.model.architecture
+        if suffix is not None and architecture != "decoder":
+            raise UserError(
+                f"a suffix is for a decoder that fills in the middle, and this network is an {architecture}; leave it "
+                "out"
+            )
         how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         if self.config.model.architecture == "encoder":
             texts = self._fill_mask.filled(self.params, prompts, **how)
             for index, text in enumerate(texts if stream else ()):
                 stream(index, text)
             return texts
-        return self._generator(self.params, prompts, max_new_tokens=max_new_tokens, stream=stream, **how)
+        if self._spans(prompts):
+            from maxpretrain.infill import fill_spans
+
+            texts = fill_spans(self._generator, self.params, prompts, max_new_tokens=max_new_tokens, **how)
+            for index, text in enumerate(texts if stream else ()):
+                stream(index, text)
+            return texts
+        how |= {"max_new_tokens": max_new_tokens, "stream": stream}
+        how["suffixes"] = [suffix] * len(prompts) if isinstance(suffix, str) else suffix
+        return self._generator(self.params, prompts, **how)
 
     def fill(self, texts: Sequence[str], top_k: int = 5) -> list[list[list[Candidate]]]:
         """What an encoder would put in the place of each mask: for each text, for each mask, the likeliest tokens with their
@@ -183,11 +201,19 @@ class LoadedRun:
             raise UserError("texts is one text; give a list of them, such as run.fill([text])")
         return self._fill_mask(self.params, texts, top_k)
 
+    def _spans(self, prompts: Sequence[str]) -> bool:
+        """Whether the prompts are texts with spans to fill."""
+        from maxpretrain.infill import has_sentinels
+
+        if self.config.model.architecture != "encoder-decoder" or not prompts:
+            return False
+        return all(has_sentinels(prompt, self._with_tokenizer()) for prompt in prompts)
+
     @cached_property
     def _generator(self) -> Generator:
         from maxpretrain.generate import Generator
 
-        return Generator(self.model, self._with_tokenizer())
+        return Generator(self.model, self._with_tokenizer(), both_ways=self.config.objective.both_ways)
 
     @cached_property
     def _fill_mask(self) -> FillMask:
@@ -243,7 +269,7 @@ class LoadedRun:
                 )
             real = given.astype(bool)
         longest = int((np.ones_like(ids) if real is None else real).sum(axis=1).max(initial=0))
-        if config.has_position_table and longest > config.max_length:
+        if (config.has_position_table or config.mask_decoder) and longest > config.max_length:
             raise UserError(
                 f"{longest} tokens in a row are more than the {config.max_length} positions that the model learned; cut them"
             )

@@ -142,7 +142,9 @@ class EvaluationConfig:
 
     every: int = 250  # steps between evaluations; 0: only at the end
     batches: int = 0  # at most so many batches; 0: the whole validation text
-    prompts: tuple[str, ...] = ("The ",)  # continued at each evaluation, or their masks or sentinels filled, for the report
+    prompts: tuple[str, ...] = (
+        "The ",
+    )  # continued at each evaluation, or their masks or sentinels filled, for the report
     sample_tokens: int = 64  # length of such a sample; 0: none
     temperature: float = 0.8  # of such a sample
 

@@ -26,8 +26,17 @@ class Programs:
     encoder-decoder also `memory_segments` [B, S], and in the cache what the decoder looks at in each prompt.
     """
 
-    def __init__(self, model: Model, vocab_size: int, eos_id: int | None, place: NamedSharding | None):
+    def __init__(
+        self,
+        model: Model,
+        vocab_size: int,
+        eos_id: int | None,
+        place: NamedSharding | None,
+        *,
+        both_ways: bool = False,
+    ):
         self._model, self._vocab_size, self._eos_id = model, vocab_size, eos_id
+        self._both_ways = both_ways  # a prompt's tokens see each other, so that it has to come in one piece
         # Where parameters are spread over a mesh, everything else is on all of its devices: left to the partitioner, the
         # state would come out placed differently than it went in, and the next call would compile again.
         jit = functools.partial(jax.jit, out_shardings=place)
@@ -46,9 +55,11 @@ class Programs:
         memory = self._model.remember(params, self._model.encode(params, tokens, segments))
         return state | {"cache": state["cache"] | memory, "memory_segments": segments}
 
-    def _decode(self, params: Any, state: State, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
+    def _decode(
+        self, params: Any, state: State, tokens: jax.Array, positions: jax.Array, **more: jax.Array
+    ) -> tuple[jax.Array, Any]:
         cache = state["cache"]
-        hidden, new = self._model.decode(params, tokens, positions, cache, state.get("memory_segments"))
+        hidden, new = self._model.decode(params, tokens, positions, cache, state.get("memory_segments"), **more)
         # What is known of the prompt stays where it is: out of the loop over layers it would come as a copy.
         return hidden, new | {name: kept for name, kept in cache.items() if name.startswith("memory_")}
 
@@ -138,7 +149,8 @@ class Programs:
         size = tokens.shape[1]
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape)
         # Padding is written to slots that come later, where no query looks before a real token replaces it.
-        hidden, cache = self._decode(params, state, tokens, positions)
+        more = {"prefix": positions < lengths[:, None]} if self._both_ways else {}
+        hidden, cache = self._decode(params, state, tokens, positions, **more)
         mine = (lengths > 0)[None, :, None, None, None]
         state = state | {"cache": jax.tree.map(lambda new, old: jnp.where(mine, new, old), cache, state["cache"])}
         ends = jnp.logical_and(lengths > start, lengths <= start + size)

@@ -16,7 +16,7 @@ from maxpretrain.errors import Diverged, UserError
 from maxpretrain.generate import bucket
 from maxpretrain.models import Model, build
 from maxpretrain.sampling import NOT_FINITE, Sampling, draw, settings
-from maxpretrain.vocabulary import MASKS
+from maxpretrain.vocabulary import ENDS, MASKS
 
 
 class Candidate(NamedTuple):
@@ -164,13 +164,15 @@ class FillMask:
     @functools.cached_property
     def _ends(self) -> tuple[list[int], list[int]]:
         """What comes before and after the ids of a text."""
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        tokenizer = self._tokenizer
+        begin, end = tokenizer.id_of(ENDS["begin"][0]), tokenizer.id_of(ENDS["end"][0])
+        bos, eos = tokenizer.bos_id if begin is None else begin, tokenizer.eos_id if end is None else end
         return [] if bos is None else [bos], [] if eos is None else [eos]
 
     def _asked(self, texts: Sequence[str]) -> _Asked:
         rows = [self._ids(text) for text in texts]
         config, longest = self._model.config, max(map(len, rows))
-        bounded = config.has_position_table or config.position == "sinusoidal"
+        bounded = config.is_bounded
         if bounded and longest > config.max_length:
             raise UserError(f"a text has {longest} tokens, and the model positions for {config.max_length}; shorten it")
         length = min(bucket(longest), config.max_length) if bounded else bucket(longest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from maxpretrain.decoding import CHUNK, NOTHING, Programs
 from maxpretrain.errors import Diverged, UserError
 from maxpretrain.models import Model, build
 from maxpretrain.sampling import NOT_FINITE, Sampling, settings
+from maxpretrain.vocabulary import FIM
 
 Stream = Callable[[int, str], None]
 
@@ -29,18 +31,26 @@ class _Row:
 
     Args:
         start_id: what the decoder of an encoder-decoder begins with; None: the network continues the prompt itself.
+        suffix: what comes after the text that is to be made; None: nothing is said of it.
 
     Attributes:
         source: what the encoder reads; the prompt and eos.
+        new: how many of `ids` were not given.
+        whole: its beginning cannot be left behind, so it ends where the cache does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, start_id: int | None = None):
-        ids: list[int] = tokenizer.encode(prompt).tolist()
+    def __init__(self, tokenizer: Tokenizer, prompt: str, start_id: int | None = None, suffix: str | None = None):
+        # What an encoder reads may have sentinels and modes, by their names.
+        ids: list[int] = (tokenizer.encode if start_id is None else tokenizer.encode_marked)(prompt).tolist()
         self.source: list[int] = []
         if start_id is not None:
             self.source, ids = (ids if tokenizer.eos_id is None else [*ids, tokenizer.eos_id]), []
+        self.whole = suffix is not None
+        if suffix is not None:  # prefix, suffix, middle: Bavarian et al. 2022, arXiv:2207.14255, §3
+            pre, suf, mid = fim_ids(tokenizer)
+            ids = [pre, *ids, suf, *tokenizer.encode(suffix).tolist(), mid]
         self.ids = ids
-        self.start = self.number = 0
+        self.start = self.number = self.new = 0
         self.finished = False
         self.parts: list[str] = []
         self._queue: deque[int] = deque()
@@ -68,6 +78,7 @@ class _Row:
         text = ""
         if not ends:
             self.ids.append(token)
+            self.new += 1
             text = self._push(token)
         if self.finished:
             text += next(self._text, "")  # bytes that no character came of
@@ -98,8 +109,9 @@ class _Batch:
     sampling: Sampling
     stream: Stream | None
     source_length: int  # of prompts with padding, for the encoder; 0: there is none
+    both_ways: bool  # the tokens of a prompt see each other
 
-    def run(self) -> list[str]:
+    def run(self) -> None:
         self._state = self.programs.empty(len(self.rows), self.capacity)
         if self.source_length:
             tokens, segments = np.zeros((2, len(self.rows), self.source_length), np.int32)
@@ -110,14 +122,13 @@ class _Batch:
         while not all(row.finished for row in self.rows):
             starting = self._starting()
             longest = max((len(context) for context in starting.values()), default=0)
-            if longest > CHUNK:
+            if longest > CHUNK or (longest and self.both_ways):
                 self._prefill(starting, longest)
                 continue
             begun = time.perf_counter()
             self._chunk(starting, max(count, longest))
             if self.stream:  # text that arrives a few times a second is smooth enough
                 count = min(2 * count, CHUNK) if time.perf_counter() - begun < 0.05 else max(count // 2, 1)
-        return ["".join(row.parts) for row in self.rows]
 
     def _starting(self) -> dict[int, list[int]]:
         """Rows at their beginning, or at the end of the cache, which go on from the last half of it; and their contexts."""
@@ -140,7 +151,7 @@ class _Batch:
         self._take(out)
 
     def _prefill(self, starting: dict[int, list[int]], longest: int) -> None:
-        piece = min(bucket(longest), PIECE, self.capacity)
+        piece = min(bucket(longest), self.capacity if self.both_ways else PIECE, self.capacity)
         lengths = np.zeros(len(self.rows), np.int32)
         tokens = np.zeros((len(self.rows), -(-longest // piece) * piece), np.int32)
         for index, context in starting.items():
@@ -164,7 +175,8 @@ class _Batch:
                     )
                 if token == NOTHING:
                     continue
-                text = row.add(token, ends=token == self.eos_id, last=row.number + 1 == self.limit)
+                full = row.whole and len(row.ids) == self.capacity
+                text = row.add(token, ends=token == self.eos_id, last=full or row.number + 1 == self.limit)
                 if text and self.stream:
                     self.stream(index, text)
 
@@ -177,19 +189,21 @@ class Generator:
             the tokenizer has one, and whose decoder begins with `config.decoder_start_id`. How it is run here (one loop over
             layers, which compiles fastest) is chosen apart from how it is trained.
         tokenizer: the one it was trained with.
+        both_ways: a decoder's prompt is read in both directions, as a prefix language model learns to.
 
     Raises:
         UserError: the tokenizer has ids that the model has not.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer):
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, both_ways: bool = False):
         size = model.config.vocab_size
         if size is None or tokenizer.vocab_size > size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {size}; use the tokenizer that it was trained with"
             )
         self._model = build(model.config, dataclasses.replace(model.execution, scan=True, remat="none"))
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self._both_ways = both_ways and model.config.architecture == "decoder"
         self._programs: dict[NamedSharding | None, Programs] = {}
 
     def __call__(
@@ -203,10 +217,12 @@ class Generator:
         top_p: float | None = None,
         seed: int = 0,
         stream: Stream | None = None,
+        suffixes: Sequence[str] | None = None,
     ) -> list[str]:
         """Continuations, without their prompts, or answers; each as it would be alone.
 
-        Where positions are a table, a text that outgrows it goes on from the last half of the window.
+        Where positions are a table, a text that outgrows it goes on from the last half of the window; one with a suffix
+        ends.
 
         Args:
             params: of the model; on one device or spread over a mesh.
@@ -217,20 +233,54 @@ class Generator:
             top_p: draw among the likeliest of total probability p only.
             seed: the same one draws the same texts.
             stream: called with (index of the prompt, text) as text arrives, in whole characters.
+            suffixes: for each prompt what comes after the text that is to be made, where a decoder learned to fill in
+                the middle.
 
         Raises:
-            UserError: a setting is out of range, a prompt is empty and the tokenizer has neither bos nor eos, a prompt is longer than
-                the positions of an encoder, or the network generates nothing: it is an encoder, or lacks a head or a start.
+            UserError: a setting is out of range, a prompt is empty and the tokenizer has neither bos nor eos, a prompt is
+                longer than the positions of an encoder, the network generates nothing: it is an encoder, or lacks a head
+                or a start; or it takes no suffix: it is no decoder, or the tokenizer has no tokens for that.
             Diverged: the logits are not finite.
         """
-        tokenizer = self._tokenizer
+        how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stream": stream}
+        how["suffixes"] = suffixes
+        return ["".join(row.parts) for row in self._run(params, prompts, max_new_tokens, **how)]
+
+    def answers(self, params: Any, prompts: Sequence[str], *, max_new_tokens: int, **how: Any) -> list[list[int]]:
+        """The ids of what `__call__` gives the texts of, control pieces too, without eos."""
+        rows = self._run(params, prompts, max_new_tokens, **how)
+        return [row.ids[len(row.ids) - row.new :] for row in rows]
+
+    def _run(
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stream: Stream | None = None,
+        suffixes: Sequence[str] | None = None,
+    ) -> list[_Row]:
+        tokenizer = self.tokenizer
         mode, sampling = settings(tokenizer.vocab_size, temperature, top_k, top_p, seed)
         if max_new_tokens < 0:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
         self._check_network()
-        rows = [_Row(tokenizer, prompt, self._start_id) for prompt in prompts]
+        if suffixes is not None:
+            self._check_suffixes(prompts, suffixes)
+        given = itertools.repeat(None) if suffixes is None else suffixes
+        rows = [_Row(tokenizer, *row) for row in zip(prompts, itertools.repeat(self._start_id), given, strict=False)]
+        for index, row in enumerate(rows):
+            if row.whole and self._bounded and len(row.ids) > self._model.config.max_length:
+                raise UserError(
+                    f"prompt {index} and its suffix have {len(row.ids)} tokens, and the model positions for "
+                    f"{self._model.config.max_length}; shorten them"
+                )
         if not rows or max_new_tokens == 0:
-            return [""] * len(rows)
+            return rows
         batch = _Batch(
             programs=self._programs_for(params),
             params=params,
@@ -242,8 +292,10 @@ class Generator:
             sampling=sampling,
             stream=stream,
             source_length=self._source_length(rows),
+            both_ways=self._both_ways,
         )
-        return batch.run()
+        batch.run()
+        return rows
 
     @property
     def _start_id(self) -> int | None:
@@ -265,6 +317,17 @@ class Generator:
                 "model.decoder_start_id is None; set it to the id that the decoder was trained to begin with"
             )
 
+    def _check_suffixes(self, prompts: Sequence[str], suffixes: Sequence[str]) -> None:
+        architecture = self._model.config.architecture
+        if architecture != "decoder":
+            raise UserError(
+                f"a suffix is for a decoder that fills in the middle, and this network is an {architecture}; leave it "
+                "out"
+            )
+        if len(suffixes) != len(prompts):
+            raise UserError(f"there are {len(prompts)} prompts and {len(suffixes)} suffixes; give one for each")
+        fim_ids(self.tokenizer)
+
     def _source_length(self, rows: Sequence[_Row]) -> int:
         """Of prompts with padding, for the encoder; 0: there is none."""
         for index, row in enumerate(rows):
@@ -277,7 +340,7 @@ class Generator:
     @property
     def _bounded(self) -> bool:
         """Whether positions end: of tables, and where they were not trained beyond; rotary ones do not."""
-        return self._model.config.has_position_table or self._model.config.position == "sinusoidal"
+        return self._model.config.is_bounded
 
     def _capacity(self, needed: int) -> int:
         return min(bucket(needed), self._model.config.max_length) if self._bounded else bucket(needed)
@@ -286,9 +349,27 @@ class Generator:
         placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
         place = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else None
         if place not in self._programs:
-            tokenizer = self._tokenizer
-            self._programs[place] = Programs(self._model, tokenizer.vocab_size, tokenizer.eos_id, place)
+            tokenizer = self.tokenizer
+            self._programs[place] = Programs(
+                self._model, tokenizer.vocab_size, tokenizer.eos_id, place, both_ways=self._both_ways
+            )
         return self._programs[place]
+
+
+def fim_ids(tokenizer: Tokenizer) -> list[int]:
+    """The tokens before a prefix, a suffix and a middle.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    named = tokenizer.named
+    ids = [next((named[name] for name in names if name in named), None) for names in FIM.values()]
+    if None in ids:
+        raise UserError(
+            "the tokenizer has no tokens for prefix, suffix and middle, so the model cannot take a suffix; train one with "
+            "objective FillInTheMiddle"
+        )
+    return ids  # type: ignore[return-value]
 
 
 def bucket(size: int) -> int:
@@ -307,6 +388,7 @@ def generate_run(
     seed: int = 0,
     step: int | None = None,
     stream: Stream | None = None,
+    suffix: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Continuations by the model of a run directory; see `LoadedRun.generate`.
 
@@ -315,7 +397,7 @@ def generate_run(
     """
     from maxpretrain.api import load
 
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stream": stream}
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stream": stream, "suffix": suffix}
     return load(run_dir, step).generate(prompts, max_new_tokens, **how)
 
 

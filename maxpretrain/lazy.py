@@ -12,7 +12,9 @@ class _LazyModule(ModuleType):
         # Dunder look-ups come from `inspect` and friends walking over modules: they must not trigger the import.
         if attribute.startswith("__"):
             raise AttributeError(attribute)
-        return getattr(importlib.import_module(self.__name__), attribute)
+        value = getattr(importlib.import_module(self.__name__), attribute)
+        self.__dict__[attribute] = value  # the next time it is not asked for here: objectives do so for every example
+        return value
 
 
 def lazy(name: str) -> Any:

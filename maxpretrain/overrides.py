@@ -85,6 +85,8 @@ def _find(name: str, fields: dict[str, schema.Field]) -> tuple[schema.Field, boo
 
 def _value(field: schema.Field, texts: list[str], off: bool) -> Any:
     flag = f"--{field.name}"
+    if schema.is_nested(field.kind):
+        raise UserError(f"{flag} holds several values in each of its items; give it in the config file")
     if off and texts:
         raise UserError(f"the flag that says no to {flag} takes no value; write {flag} {texts[0]}")
     if off:
@@ -130,6 +132,8 @@ def render_fields(run: Run, width: int | None = None) -> str:
     lines: list[str] = []
     group = None
     for field in schema.leaves(run):
+        if schema.is_nested(field.kind):
+            continue
         parent = field.name.rpartition(".")[0]
         if parent != group:
             group = parent

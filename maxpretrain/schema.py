@@ -110,6 +110,12 @@ def item_kind(kind: Any) -> Any:
     return typing.get_args(kind)[0] if is_tuple(kind) and typing.get_args(kind)[-1:] == (...,) else None
 
 
+def is_nested(kind: Any) -> bool:
+    """Whether it is a list of lists or of whole parts, which no flag can say."""
+    item = item_kind(kind)
+    return is_tuple(item) or dataclasses.is_dataclass(item)
+
+
 def takes_bool(kind: Any) -> bool:
     return bool in members(kind)
 

@@ -205,6 +205,12 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
         help="text to continue, to answer (encoder-decoder), or with masks to fill (encoder); may be given several times",
     )
     parser.add_argument(
+        "--suffix",
+        action="append",
+        metavar="TEXT",
+        help="text after what is to be made, for a decoder that fills in the middle; one for all prompts, or for each",
+    )
+    parser.add_argument(
         "--max-new-tokens", type=_number(int, 1), default=100, metavar="N", help="longest continuation (default: 100)"
     )
     parser.add_argument(
@@ -244,6 +250,16 @@ def _generate(options: argparse.Namespace) -> int:
         "top_p": options.top_p,
         "seed": options.seed,
     }
+    suffixes = [""] * len(options.prompt)
+    if options.suffix is not None:
+        run.generate([], suffix="")  # says what is missing before there is a prompt on the screen
+        suffixes = options.suffix * (len(options.prompt) if len(options.suffix) == 1 else 1)
+        if len(suffixes) != len(options.prompt):
+            raise UserError(
+                f"generate: {len(suffixes)} --suffix for {len(options.prompt)} --prompt; give one for all, or one for "
+                "each"
+            )
+        how["suffix"] = suffixes
     if architecture == "encoder":
         _show_filled(options.prompt, run.generate(options.prompt, **how), run.fill(options.prompt), options.json)
         return 0
@@ -255,11 +271,14 @@ def _generate(options: argparse.Namespace) -> int:
         how["stream"] = lambda _, piece: print(piece, end="", flush=True)
     texts = run.generate(options.prompt, **how)
     if options.json:
-        print(_json([{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)]))
+        made = [{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)]
+        if options.suffix is not None:
+            made = [one | {"suffix": suffix} for one, suffix in zip(made, suffixes, strict=True)]
+        print(_json(made))
     elif streams:
-        print()
+        print(suffixes[0])
     else:
-        print("\n\n".join(prompt + text for prompt, text in zip(shown, texts, strict=True)))
+        print("\n\n".join(map("".join, zip(shown, texts, suffixes, strict=True))))
     return 0
 
 

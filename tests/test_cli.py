@@ -339,6 +339,23 @@ def test_generate_as_json(generated, capsys):
     assert generated.calls[0][2] is False
 
 
+def test_a_middle_is_completed(generated, capsys):
+    ask = lambda *options: cli.main(["generate", "quickstart", "--prompt", "Once", *options])  # noqa: E731
+    assert ask("--suffix", " there was") == 0
+    assert ask("--prompt", "and", "--suffix", "!") == 0
+    assert ask("--prompt", "and", "--suffix", "!", "--suffix=?") == 0
+    streamed, *others = capsys.readouterr().out.split("\n", 1)
+    assert streamed == "Once uon a time there was"
+    assert others == ["Once upon a time!\n\nand more!\nOnce upon a time!\n\nand more?\n"]
+    assert [call[3].get("suffix") for call in generated.calls[1::2]] == [[" there was"], ["!", "!"], ["!", "?"]]
+    assert ask("--suffix", "!", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [{"prompt": "Once", "text": " upon a time", "suffix": "!"}]
+    assert ask("--suffix", "!", "--suffix", "?") == 2
+    said = capsys.readouterr()
+    assert "generate: 2 --suffix for 1 --prompt; give one for all, or one for each" in said.err
+    assert "Once" not in said.out
+
+
 def test_an_encoder_decoder_answers(generated, capsys):
     generated.model.architecture = "encoder-decoder"
     assert cli.main(["generate", "quickstart", "--prompt", "Once"]) == 0

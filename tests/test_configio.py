@@ -249,10 +249,10 @@ def edited(**changes):
             'config.json: model.norm is "Rms"; it takes one of "layernorm", "rmsnorm", "rmsnorm_offset"',
         ),
         (edited(model=[]), "config.json: model is a list; it takes the fields of a ModelConfig"),
-        (edited(objective={}), "config.json: objective has no type; it takes one of CLM"),
+        (edited(objective={}), "config.json: objective has no type; it takes one of "),
         (
             edited(objective={"type": "os"}),
-            "config.json: objective.type 'os' is no objective of maxpretrain.objectives; there is: CLM",
+            "config.json: objective.type 'os' is no objective of maxpretrain.objectives",
         ),
         (edited(optimizer__eps=float("inf")), "config.json: optimizer.eps is inf (float); it takes a finite number"),
     ],

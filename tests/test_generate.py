@@ -264,6 +264,84 @@ def test_no_half_character_is_streamed(chain):
     assert pieces == ["é", "�"]
 
 
+@pytest.mark.parametrize("piece", [4, 256])
+def test_a_prompt_read_in_both_directions(piece, monkeypatch):
+    """As a prefix language model learns to: all of the prompt's tokens see each other, however long it is."""
+    model, params, _ = setup("rope")
+    monkeypatch.setattr(module, "PIECE", piece)
+    prompts = ["abc", "pack my box with five dozen jugs. " * 2]
+    generator = Generator(model, LETTERS, both_ways=True)
+
+    @jax.jit
+    def following(tokens, length, at):
+        prefix = jnp.arange(96)[None] < length
+        logits = model.logits(params, model.apply(params, tokens[None], prefix=prefix).hidden)
+        return logits[0, at, :28].argmax()
+
+    def whole(prompt, count=6):
+        ids = LETTERS.encode(prompt).tolist()
+        for made in range(count):
+            padded = np.pad(np.array(ids), (0, 96 - len(ids)))
+            ids.append(int(following(padded, len(ids) - made, len(ids) - 1)))
+        return LETTERS.decode(ids[-count:])
+
+    texts = generator(params, prompts, max_new_tokens=6)
+    assert texts == [whole(prompt) for prompt in prompts]
+    assert texts[1] != generate([prompts[1]], "rope", count=6)[0]
+
+
+FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+# 32 ids: letters, eos 28, and what stands before a prefix, a suffix and a middle.
+MIDDLE = Characters("abcdefghijklmnopqrstuvwxyz .", ["</s>"], FIM)
+
+
+def test_a_middle_is_what_follows_prefix_and_suffix(chain):
+    answer = chain({31: 4, 4: 5, 5: 28}, MIDDLE)
+    pieces = []
+    stream = lambda _, piece: pieces.append(piece)  # noqa: E731
+    assert answer(["ab", ""], suffixes=["ef", ""], max_new_tokens=9, stream=stream) == ["cd", "cd"]
+    assert "".join(pieces) == "ccdd"
+    assert answer(["ab"], suffixes=["ef"], max_new_tokens=1) == ["c"]
+    assert answer([], suffixes=[], max_new_tokens=1) == []
+
+
+def test_a_middle_sees_both_sides_and_ends_with_the_positions():
+    model, params, _ = setup("learned")
+    generator = Generator(model, MIDDLE)
+    given = [29, *MIDDLE.encode("the qu"), 30, *MIDDLE.encode("jumps"), 31]  # 14 of 24 positions
+    quiet = params | {"unembed": {"kernel": params["unembed"]["kernel"].at[:, 28:].set(0.0)}}  # letters alone
+    logits = jax.jit(lambda tokens: model.logits(quiet, model.apply(quiet, tokens).hidden)[0])
+    ids = list(given)
+    while len(ids) < 25:
+        ids.append(int(logits(np.array([ids + [0] * (24 - len(ids))], np.int32))[len(ids) - 1].argmax()))
+    expected = MIDDLE.decode(ids[14:])
+    assert len(expected) == 11
+    ask = lambda prompts, suffixes, count=40: generator(  # noqa: E731
+        quiet, prompts, suffixes=suffixes, max_new_tokens=count
+    )
+    assert ask(["the qu"], ["jumps"]) == [expected]
+    assert ask(["the qu", "a" * 20], ["jumps", ""])[0] == expected
+    assert ask(["the qu"], ["jumps"], 3) == [expected[:3]]
+    assert ask(["the qu"], ["jumpy"]) != [expected]
+    with pytest.raises(
+        UserError, match="prompt 1 and its suffix have 25 tokens, and the model positions for 24; shorten them"
+    ):
+        ask(["a", "a" * 20], ["", "bb"])
+
+
+def test_suffixes_that_cannot_be():
+    model, params, plain = setup("learned")
+    with pytest.raises(UserError, match="the tokenizer has no tokens for prefix, suffix and middle"):
+        plain(params, ["a"], suffixes=["b"], max_new_tokens=1)
+    with pytest.raises(UserError, match="there are 2 prompts and 1 suffixes; give one for each"):
+        Generator(model, MIDDLE)(params, ["a", "b"], suffixes=["b"], max_new_tokens=1)
+    _, params, both = answering("t5")
+    with pytest.raises(
+        UserError, match=r"a suffix is for a decoder .* this network is an encoder-decoder; leave it out"
+    ):
+        both(params, ["a"], suffixes=["b"], max_new_tokens=1)
+
+
 ENDING = Characters("abcdefghijklmnopqrstuvwxyz .", ["</s>"])  # id 28
 KINDS = {
     "t5": {"position": "t5", "num_decoder_layers": 3},

@@ -23,12 +23,14 @@ from maxpretrain.convert import tensors
 from maxpretrain.convert.mapping import Mapping
 from maxpretrain.convert.published import open_published
 from maxpretrain.errors import StorageError, UserError
+from maxpretrain.fingerprint import named_leaves, nested
 from maxpretrain.models import build, families
 from maxpretrain.models.families.options import Options
 from maxpretrain.rundir import RunDirectory
 
 # What says how a network is trained, not what it computes: config.json has no place for all of it.
 _TRAINING = ("heads", "num_labels", "dropout", "init", "init_std", "depth_scaled_init", "mup_base", "mup_base_head")
+_PRETRAINING = ("replaced", "span_boundary")  # heads that a class may lack: they serve training alone
 MARK = "maxpretrain_export.json"
 LENGTH = 64  # tokens of the texts on which the result is compared
 
@@ -41,15 +43,17 @@ class Target:
         family: its module.
         class_name: as `architectures` in config.json.
         options: keys of config.json.
+        model: the network's shape, with the heads that the class has.
     """
 
     family: ModuleType
     class_name: str
     options: dict[str, Any]
+    model: ModelConfig
 
 
 def find_target(model: ModelConfig, model_type: str | None = None) -> Target:
-    """The class whose config.json says everything that this shape says.
+    """The class whose config.json says everything that this shape says; else one that lacks only heads of pretraining.
 
     Args:
         model_type: of the family to prefer, where several say the same.
@@ -57,6 +61,20 @@ def find_target(model: ModelConfig, model_type: str | None = None) -> Target:
     Raises:
         UserError: none does; names the nearest class and the fields in which it differs.
     """
+    try:
+        return _find_target(model, model_type)
+    except UserError:
+        kept = tuple(head for head in model.heads if head not in _PRETRAINING)
+        if kept == model.heads:
+            raise
+        try:
+            return _find_target(dataclasses.replace(model, heads=kept), model_type)
+        except UserError:
+            pass  # the first says more
+        raise
+
+
+def _find_target(model: ModelConfig, model_type: str | None) -> Target:
     tried: list[tuple[int, str, list[str]]] = []
     # Where several say the same, the one that most programs read.
     common = [families.FAMILIES[name] for name in ("llama", "gpt2", "bert", "t5")]
@@ -77,7 +95,7 @@ def find_target(model: ModelConfig, model_type: str | None = None) -> Target:
             continue
         different = _differences(model, back)
         if not different:
-            return Target(family, class_name, options)
+            return Target(family, class_name, options, model)
         tried.append((len(different), class_name, different))
     if not tried:
         raise UserError(f"no published class has a {model.architecture} with the heads {', '.join(model.heads)}")
@@ -128,6 +146,8 @@ def _resolved(model: ModelConfig) -> dict[str, Any]:
     unused["layer_pattern"] = True
     unused["num_kv_heads"] = bool(model.latent.kv_rank)
     unused["position_offset"] = model.position != "learned"
+    unused |= dict.fromkeys(("tie_embeddings", "lm_transform", "lm_activation", "lm_bias"), "lm" not in model.heads)
+    unused["pooler_activation"] = "pooler" not in model.heads
     for name, no_part in unused.items():
         if no_part:
             fields.pop(name)
@@ -146,7 +166,8 @@ def export(run: RunDirectory, directory: Path, *, step: int | None = None, dtype
 
     Returns:
         "directory", "class", "step", "parameters", "dtype", "files", "notes"; and under "ours", and "transformers" where that is installed,
-        what `compare` found.
+        what `compare` found. A network that was trained beside it, such as a generator, is a directory within, in "files" by its
+        path; where no class can be it, a note says so.
 
     Raises:
         UserError: the directory holds something else, or no published class has this shape; nothing was written.
@@ -154,32 +175,28 @@ def export(run: RunDirectory, directory: Path, *, step: int | None = None, dtype
     """
     directory = directory.absolute()
     _check_free(directory)
-    model_config = run.config.model
     step = run.step(step)
-    target = find_target(model_config, run.meta(step).get("model_type"))
+    target = find_target(run.config.model, run.meta(step).get("model_type"))
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        params = run.params(step)
-        model = build(model_config)
-        mapping = Mapping(model, target.family.names(model_config))
-        extra = getattr(target.family, "extra", lambda model: {})(model_config)
-        files = tensors.write(partial, _sources(mapping, params, dtype, extra))
-        notes = _write_configs(partial, run, target, step, dtype)
-        found = {"ours": _compare_ours(partial, run, params)}
-        if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
-            from maxpretrain.convert.reference import compare_reference
-
+        trained = run.config.objective.build(run.config.model)
+        networks = trained.networks(run.params(step))
+        _, params = networks.pop("")
+        result = _write(partial, run, target, params, step, dtype)
+        if left := [head for head in run.config.model.heads if head not in target.model.heads]:
+            result["notes"].append(f"{target.class_name} has no head {' and '.join(left)}, which was left out")
+        for name, (model, params) in networks.items():
             try:
-                found["transformers"] = compare_reference(partial, target.class_name, model, params)
-            except StorageError:
-                raise
-            except Exception as error:  # what the library makes of its own class is no fault of the files
-                first = (str(error).splitlines() or [""])[0]
-                notes.append(f"transformers could not run {target.class_name}: {type(error).__name__}: {first[:200]}")
-        for reader, result in found.items():
-            _check_same(reader, result, dtype)
+                beside = find_target(model, target.family.MODEL_TYPE)
+            except UserError as error:
+                result["notes"].append(f"the {name} was left out: {error}")
+                continue
+            (partial / name).mkdir()
+            made = _write(partial / name, run, beside, params, step, dtype)
+            result["files"] += [f"{name}/{file}" for file in made["files"]]
+            result["notes"] += [f"{name}: {note}" for note in made["notes"]]
         _mark(partial)
         _replace(partial, directory)
     except OSError as error:
@@ -188,16 +205,41 @@ def export(run: RunDirectory, directory: Path, *, step: int | None = None, dtype
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    count = sum(int(np.prod(shape, dtype=np.int64)) for _, shape, _, _ in _sources(mapping, params, dtype, extra))
-    return {
-        "directory": str(directory),
-        "class": target.class_name,
-        "step": step,
-        "parameters": count,
-        "dtype": dtype,
-        "files": sorted(path.name for path in files),
-        "notes": notes,
-    } | found
+    return {"directory": str(directory), "class": target.class_name, "step": step} | result
+
+
+def _write(directory: Path, run: RunDirectory, target: Target, params: Any, step: int, dtype: str) -> dict[str, Any]:
+    """Writes one network, reads it back and compares: "parameters", "dtype", "files", "notes", and what was found.
+
+    Args:
+        params: of a plain network of the target's shape, or of one with more heads.
+
+    Raises:
+        StorageError: what was read back differs.
+    """
+    model = build(target.model)
+    leaves = named_leaves(params)
+    params = nested({name: leaves[name] for name in named_leaves(model.abstract)})
+    mapping = Mapping(model, target.family.names(target.model))
+    extra = getattr(target.family, "extra", lambda model: {})(target.model)
+    files = tensors.write(directory, _sources(mapping, params, dtype, extra))
+    notes = _write_configs(directory, run, target, step, dtype)
+    found = {"ours": _compare_ours(directory, target.model, params)}
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        from maxpretrain.convert.reference import compare_reference
+
+        try:
+            found["transformers"] = compare_reference(directory, target.class_name, model, params)
+        except StorageError:
+            raise
+        except Exception as error:  # what the library makes of its own class is no fault of the files
+            first = (str(error).splitlines() or [""])[0]
+            notes.append(f"transformers could not run {target.class_name}: {type(error).__name__}: {first[:200]}")
+    for reader, result in found.items():
+        _check_same(reader, result, dtype)
+    sizes = [math.prod(shape) for _, shape, _, _ in _sources(mapping, params, dtype, extra)]
+    files = sorted(path.name for path in files)
+    return {"parameters": sum(sizes), "dtype": dtype, "files": files, "notes": notes} | found
 
 
 def _check_same(reader: str, found: dict[str, float], dtype: str) -> None:
@@ -260,7 +302,7 @@ def _write_configs(directory: Path, run: RunDirectory, target: Target, step: int
     """config.json, generation_config.json and the tokenizer's files; what is worth saying of these."""
     from maxpretrain.convert.tokenizers import export_tokenizer, generation_config
 
-    model, tokenizer = run.config.model, run.tokenizer
+    model, tokenizer = target.model, run.tokenizer
     config = {"architectures": [target.class_name], "model_type": target.family.MODEL_TYPE}
     # Left out, they would be those of the reference's own tokenizer, which may lie outside this vocabulary.
     config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -291,14 +333,14 @@ def _write_configs(directory: Path, run: RunDirectory, target: Target, step: int
     return notes
 
 
-def _compare_ours(directory: Path, run: RunDirectory, params: Any) -> dict[str, float]:
+def _compare_ours(directory: Path, model: ModelConfig, params: Any) -> dict[str, float]:
     """What our own import makes of the files, against what went into them."""
     back = open_published(directory)
-    if differing := _differences(run.config.model, back.config.model):
+    if differing := _differences(model, back.config.model):
         raise StorageError(f"config.json does not read back as the same network: {', '.join(differing)}")
-    inputs = sample_inputs(run.config.model)
+    inputs = sample_inputs(model)
     ask = lambda config, params: jax.jit(lambda p: main_output(build(config), p, inputs))(params)  # noqa: E731
-    return compare(np.asarray(ask(run.config.model, params)), np.asarray(ask(back.config.model, back.params())))
+    return compare(np.asarray(ask(model, params)), np.asarray(ask(back.config.model, back.params())))
 
 
 def sample_inputs(model: ModelConfig) -> dict[str, jax.Array]:

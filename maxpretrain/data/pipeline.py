@@ -106,7 +106,7 @@ class Pipeline:
             segments[mine] = segments_of(store, starts, self._raw)
             if partners is not None:
                 bits = hash_words(PARTNER, *words)[mine]
-                partners[mine] = store.gather(partner_starts(store, starts, self._raw, bits), self._raw)
+                partners[mine] = partners_of(store, starts, self._raw, bits)
         objective = self.objective.at(step)
         return _examples(objective, self.length, tokens, segments, (EXAMPLE, *words), partners)
 
@@ -222,9 +222,7 @@ class EvaluationBatches:
             tokens[row, :there] = store.read(start, there)
             segments[row, :there] = store.segments(start, there)
             if partners is not None:
-                length = min(self._raw, store.num_tokens)
-                begin = partner_starts(store, np.array([start]), length, bits[row : row + 1])
-                partners[row, :length] = store.read(int(begin[0]), length)
+                partners[row] = partners_of(store, np.array([start]), self._raw, bits[row : row + 1])[0]
         return _examples(self.objective, self.length, tokens, segments, (EXAMPLE, 0, 0, index), partners)
 
     def _covered(self, overlap: int) -> tuple[int, int]:
@@ -308,16 +306,16 @@ def segments_of(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
     return np.cumsum(segments, axis=1, dtype=np.int32, out=segments)
 
 
-def partner_starts(store: Store, starts: np.ndarray, length: int, bits: np.ndarray) -> np.ndarray:
-    """Where windows begin that are of other documents than those at `starts`: the beginnings of documents drawn by `bits`.
+def partners_of(store: Store, starts: np.ndarray, length: int, bits: np.ndarray) -> np.ndarray:
+    """The beginnings of documents drawn by `bits`, other documents than those of windows at `starts`.
 
     Args:
         starts: int64 [N].
-        length: tokens per window; a partner near the end of the text begins earlier, so that it is whole.
+        length: tokens of each; where the document has fewer, zeros follow.
         bits: uint64 [N].
 
     Returns:
-        int64 [N].
+        int32 [N, length].
 
     Raises:
         UserError: the text is one document.
@@ -330,8 +328,12 @@ def partner_starts(store: Store, starts: np.ndarray, length: int, bits: np.ndarr
         )
     own = np.searchsorted(real, np.searchsorted(store.offsets, starts, "right") - 1)
     drawn = (bits % np.uint64(len(real) - 1)).astype(np.int64)
-    other = store.offsets[real[drawn + (drawn >= own)]]
-    return np.minimum(other, store.num_tokens - length)
+    document = real[drawn + (drawn >= own)]
+    begin, size = store.offsets[document], np.diff(store.offsets)[document]
+    out = np.zeros((len(starts), length), np.int32)
+    for row, (first, count) in enumerate(zip(begin.tolist(), np.minimum(size, length).tolist(), strict=True)):
+        out[row, :count] = store.read(first, count)
+    return out
 
 
 def _examples(

@@ -42,6 +42,28 @@ class Model:
         """Fresh float32 parameters: the same on every mesh, since each leaf is drawn from its own key."""
         return base.init(self.abstract, key)
 
+    def plain(self, params: Params) -> Params:
+        """The parameters of a network of this config without what an objective changed in how they are kept: what an export
+        writes, and what `build(config)` takes. Here they are themselves.
+        """
+        return params
+
+    def networks(self, params: Params) -> dict[str, tuple[ModelConfig, Params]]:
+        """The networks that there are, with their plain parameters: the run's own as "", others by their names."""
+        return {"": (self.config, self.plain(params))}
+
+    def keeps_like(self, other: Model) -> bool:
+        """Whether parameters of the other are parameters of this, and mean the same."""
+        shapes = lambda model: jax.tree.map(lambda spec: spec.shape, model.abstract, is_leaf=base.is_spec)  # noqa: E731
+        return type(self) is type(other) and shapes(self) == shapes(other)
+
+    def adopted(self, plain: Params, fresh: Params) -> Params:
+        """`fresh` parameters of this model, with those of a plain network in the place of what both have."""
+        return {name: plain.get(name, part) for name, part in fresh.items()}
+
+    def _bind(self, params: Params) -> Any:
+        return self._template.bind(self.plain(params))
+
     def apply(
         self,
         params: Params,
@@ -62,23 +84,24 @@ class Model:
                 decoder that see each other in both directions; of an encoder-decoder (whose `tokens` are the encoder's)
                 `decoder_tokens` [B, U], `decoder_positions`, `decoder_segments`.
         """
-        return self._template.bind(params)(tokens, positions=positions, segments=segments, key=key, **more)[0]
+        return self._bind(params)(tokens, positions=positions, segments=segments, key=key, **more)[0]
 
     def head(self, params: Params) -> Params:
         """The part of `params` that `logits` reads: the loss differentiates with respect to it chunk by chunk."""
-        return {name: params[name] for name in self._head if name in params}
+        plain = self.plain(params)
+        return {name: plain[name] for name in self._head if name in plain}
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]. `params` may be the whole dict or `head(params)`."""
-        return self._template.bind(params).logits(hidden)
+        return self._bind(params).logits(hidden)
 
     def head_outputs(self, params: Params, hidden: jax.Array, real: jax.Array | None = None) -> dict[str, jax.Array]:
         """What the other heads say of hidden states [B, T, D]; see `models.heads.Heads`."""
-        return self._template.bind(params).heads(hidden, real)
+        return self._bind(params).heads(hidden, real)
 
     def span_logits(self, params: Params, left: jax.Array, right: jax.Array, places: jax.Array) -> jax.Array:
         """The span boundary head's float32 [..., V]; see `models.heads.SpanBoundary`."""
-        module = self._template.bind(params)
+        module = self._bind(params)
         return module.heads.span_boundary(left, right, places, module.embed)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
@@ -87,13 +110,11 @@ class Model:
 
     def encode(self, params: Params, tokens: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, S, D] of an encoder-decoder's encoder."""
-        return self._template.bind(params).encode(tokens, segments=segments)[0]
+        return self._bind(params).encode(tokens, segments=segments)[0]
 
     def remember(self, params: Params, memory: jax.Array) -> Cache:
         """What a cache holds of the encoder's hidden states [B, S, D], to be merged into an empty one."""
-        return jax.tree.map(
-            lambda x: x.astype(jnp.dtype(self.execution.dtype)), self._template.bind(params).remember(memory)
-        )
+        return jax.tree.map(lambda x: x.astype(jnp.dtype(self.execution.dtype)), self._bind(params).remember(memory))
 
     def decode(
         self,
@@ -102,6 +123,7 @@ class Model:
         positions: jax.Array,
         cache: Cache,
         memory_segments: jax.Array | None = None,
+        prefix: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Hidden states of tokens that see what the cache holds, and the cache with them in it.
 
@@ -109,11 +131,13 @@ class Model:
             tokens: int32 [B, T]: a prompt, or one token a row.
             positions: int32 [B, T], where each stands in its own sequence.
             memory_segments: int32 [B, S], 0 where the memory of an encoder-decoder is padding; None: nowhere.
+            prefix: bool [B, T], tokens of a decoder's prompt that see each other in both directions, the first of their
+                row; all of them have to be given at once. None: there are none.
         """
-        module = self._template.bind(params)
+        module = self._bind(params)
         if self.config.architecture == "encoder-decoder":
             return module.continue_(tokens, positions, cache, memory_segments)
-        output, cache = module(tokens, cache=cache, positions=positions)
+        output, cache = module(tokens, cache=cache, positions=positions, prefix=prefix)
         return output.hidden, cache
 
 

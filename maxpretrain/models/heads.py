@@ -148,7 +148,8 @@ class Heads(Module):
             same as it; "token_logits" [B, T, labels]; "values" [B, T].
         """
         made: dict[str, jax.Array] = {}
-        whole = self._whole(hidden, real)
+        pools = self.pooler is not None or self.pair is not None or self.sequence is not None
+        whole = self._whole(hidden, real) if pools else hidden
         if self.pooler is not None:
             made["pooled"] = whole = self.pooler(whole)
         if self.pair is not None:

@@ -25,11 +25,13 @@ class Output(NamedTuple):
         hidden: [B, T, D] in the compute dtype; of an encoder-decoder the decoder's.
         aux: statistics of the experts of each layer that has some, by name, [L, ...] each.
         memory: [B, S, D], the encoder's hidden states of an encoder-decoder; None of other networks.
+        penultimate: [B, T, D], what went into the last layer, where that was asked for; None of encoder-decoders.
     """
 
     hidden: jax.Array
     aux: Statistics
     memory: jax.Array | None = None
+    penultimate: jax.Array | None = None
 
 
 class Network(Module):
@@ -75,8 +77,13 @@ class Single(Network):
 
     def __call__(self, tokens: jax.Array, cache: Cache | None = None, **how: Any) -> tuple[Output, Cache | None]:
         """int32 [B, T] -> hidden states; see `Model.apply`."""
-        hidden, cache, statistics = getattr(self, self.config.architecture)(self.look_up(tokens), cache=cache, **how)
-        return Output(hidden, statistics), cache
+        hidden, cache, statistics = self.trunk(self.look_up(tokens), cache=cache, **how)
+        penultimate = statistics.pop("penultimate", None)
+        return Output(hidden, statistics, penultimate=penultimate), cache
+
+    @property
+    def trunk(self) -> Trunk:
+        return getattr(self, self.config.architecture)
 
 
 class EncoderDecoder(Network):

@@ -12,7 +12,7 @@ from maxpretrain.nn.attend import Context
 from maxpretrain.nn.attention import Cache, t5_scores
 from maxpretrain.nn.base import Module
 from maxpretrain.nn.dropout import split
-from maxpretrain.nn.embed import Input
+from maxpretrain.nn.embed import Input, PositionEmbedding
 from maxpretrain.nn.norm import make_norm
 from maxpretrain.nn.relative import Disentangled, T5Bias
 from maxpretrain.nn.stack import Execution, Stack, Statistics
@@ -33,6 +33,9 @@ class Trunk(Module):
             if config.position == "disentangled"
             else None
         )
+        self.mask_decoder = (
+            PositionEmbedding(config.max_length, config.model_dim, inits.table(config)) if config.mask_decoder else None
+        )
         self.config, self.execution, self.causal = config, execution, causal
 
     def __call__(
@@ -47,19 +50,40 @@ class Trunk(Module):
         memory_segments: jax.Array | None = None,
         key: jax.Array | None = None,
         cache: Cache | None = None,
+        penultimate: bool = False,
     ) -> tuple[jax.Array, Cache | None, Statistics]:
-        """Token vectors [B, T, E] -> hidden states [B, T, D]; see `Model.apply` and `nn.attend.Context`."""
-        config = self.config
-        length = x.shape[1]
-        at = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
+        """Token vectors [B, T, E] -> hidden states [B, T, D]; see `Model.apply`, `nn.attend.Context` and `Stack`."""
         input_key, stack_key = split(key, 2)
         x = self.input(x, positions, token_types, input_key)
+        context = self.context(
+            x, positions, segments, prefix=prefix, memory=memory, memory_segments=memory_segments, cache=cache
+        )
+        places = None if self.mask_decoder is None else self.mask_decoder(positions, x.shape[1], x.dtype)
+        x, cache, statistics = self.stack(
+            x, context, key=stack_key, cache=cache, places=places, penultimate=penultimate
+        )
+        return (x if self.norm is None else self.norm(x)), cache, statistics
+
+    def context(
+        self,
+        x: jax.Array,
+        positions: jax.Array | None,
+        segments: jax.Array | None,
+        *,
+        prefix: jax.Array | None = None,
+        memory: jax.Array | None = None,
+        memory_segments: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Context:
+        """What all layers share in a forward pass of `x` [B, T, D]."""
+        length = x.shape[1]
+        at = jnp.arange(length, dtype=jnp.int32)[None] if positions is None else positions
         keys = length if cache is None else cache["key"].shape[2]
         context = Context(
             causal=self.causal,
             segments=segments,
             prefix=prefix,
-            window=config.window,
+            window=self.config.window,
             slots=None if cache is None else at,
             relative=None if self.disentangled is None else self.disentangled(x.dtype),
             memory=memory,
@@ -68,9 +92,7 @@ class Trunk(Module):
         )
         bias = self._bias(context, length, keys)
         angles, local_angles = self._angles(at, keys)
-        context = context.replace(bias=bias, angles=angles, local_angles=local_angles)
-        x, cache, statistics = self.stack(x, context, key=stack_key, cache=cache)
-        return (x if self.norm is None else self.norm(x)), cache, statistics
+        return context.replace(bias=bias, angles=angles, local_angles=local_angles)
 
     def _bias(self, context: Context, length: int, keys: int) -> jax.Array | None:
         """float32 [B or 1, H, T, S], the same in all layers."""

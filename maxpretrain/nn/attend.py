@@ -21,8 +21,10 @@ class Context:
 
     Attributes:
         causal: a query sees keys up to its own place.
-        segments: int32 [B, T], tokens of different segments do not see each other; None: one segment a row.
-        prefix: bool [B, T], tokens of a bidirectional prefix, which see each other all; None: no token is.
+        segments: int32 [B, T], tokens of different segments do not see each other, and those of segment 0, padding, see
+            none; None: one segment a row.
+        prefix: bool [B, T], tokens of a bidirectional prefix, which see each other all; None: no token is. With a cache
+            they are the first of their row, and it is filled with them all at once.
         window: tokens seen in local layers: the last so many (causal), or so many on either side.
         angles, local_angles: cosines and sines of rotary positions, of all layers and of the local ones; or None.
         bias: float32 [B or 1, H, T, S], added to the scores of every layer, or None.
@@ -73,7 +75,10 @@ def visible(context: Context, length: int, keys: int, local: bool | jax.Array = 
         # With a cache this also hides empty slots, and those that padding left behind: they come later.
         mask = key <= query
         if context.prefix is not None:
-            mask = jnp.logical_or(mask, context.prefix[:, :, None] & context.prefix[:, None, :])
+            among = context.prefix[:, None, :]
+            if context.slots is not None:
+                among = key < jnp.sum(context.prefix, 1, dtype=jnp.int32)[:, None, None]
+            mask = jnp.logical_or(mask, context.prefix[:, :, None] & among)
     if context.window is not None and local is not False:
         near = query - key < context.window
         if not context.causal or context.prefix is not None:
@@ -82,7 +87,8 @@ def visible(context: Context, length: int, keys: int, local: bool | jax.Array = 
         near = near if local is True else jnp.logical_or(near, jnp.logical_not(local))
         mask = near if mask is None else jnp.logical_and(mask, near)
     if context.segments is not None and context.slots is None:
-        same = context.segments[:, :, None] == context.segments[:, None, :]
+        rows, columns = context.segments[:, :, None], context.segments[:, None, :]
+        same = jnp.logical_and(rows == columns, rows != 0)  # padding sees nothing
         mask = same if mask is None else jnp.logical_and(jnp.broadcast_to(mask, same.shape), same)
     return mask
 

@@ -65,10 +65,12 @@ class Attention(Module):
         key: jax.Array | None,
         cache: Cache | None = None,
         local: Local = False,
+        source: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this call's keys and values in it.
 
         Args:
+            source: [B, T, D], what keys and values are made from, token by token; None: `x`.
             cache: {"key", "value"}, each [B, S, J, K]; needs `context.slots`. Of cross attention: what `remember` made.
             local: bool or bool []: whether this layer looks through the window.
         """
@@ -78,7 +80,8 @@ class Attention(Module):
             k, v = made["key"].astype(q.dtype), made["value"].astype(q.dtype)
             mask, plain, bias = memory_visible(context, x.shape[1], k.shape[1]), False, None
         else:
-            k, v = self._normed(self.key(x), self.key_norm), self.value(x)
+            source = x if source is None else source
+            k, v = self._normed(self.key(source), self.key_norm), self.value(source)
             q, k = self._turned(q, k, context, local)
             if cache is not None:
                 cache = store(cache, context, {"key": k, "value": v})

@@ -152,15 +152,15 @@ def scan(
     if remat:
         # Inside a scan CSE cannot merge the recomputation with the forward pass; unrolled it would, undoing the remat.
         step = jax.checkpoint(step, policy=checkpoint_policy, prevent_cse=not loop)
+    if layers is not None:
+        low, high = min(layers), max(layers) + 1
+        if high - low < _leading(state):  # a gradient is then of these alone, until it is padded once
+            state, layers = jax.tree.map(lambda a: a[low:high], state), [i - low for i in layers]
     if loop and layers is not None and len(set(layers)) < len(layers):
         # Shared by several passes, parameters stay where they are; only the number of the layer goes through the loop.
         taken = jnp.asarray(layers, jnp.int32)
         return jax.lax.scan(lambda c, i: step(c, (jax.tree.map(lambda a: a[i[0]], state), i[1])), carry, (taken, xs))
-    if loop:
-        if layers is not None:
-            state = jax.tree.map(
-                lambda a: a[layers[0] : layers[-1] + 1], state
-            )  # in a row: other layers come between runs
+    if loop:  # in a row: other layers come between runs
         return jax.lax.scan(step, carry, (state, xs))
     order = range(_leading(state)) if layers is None else layers
     parts, structure = jax.tree.flatten(state)

@@ -101,12 +101,18 @@ class Block(base.Module):
         key: jax.Array | None,
         cache: Cache | None = None,
         local: Local = False,
+        source: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Statistics]:
-        """[B, T, D] -> [B, T, D], the layer's cache, and its experts' statistics."""
+        """[B, T, D] -> [B, T, D], the layer's cache, and its experts' statistics.
+
+        Args:
+            source: [B, T, D], the residual stream that keys and values are made from; None: `x`.
+        """
         keys = split(key, 3 if self.cross is None else 5)
         own, memory = divided(cache)
         entered = self._entered(x, self.attention_norm)
-        y, own = self.attention(entered, context, key=keys[0], cache=own, local=local)
+        how = {} if source is None else {"source": self._entered(source, self.attention_norm)}
+        y, own = self.attention(entered, context, key=keys[0], cache=own, local=local, **how)
         branch = self._branch(y, self.attention_norm, self.attention_after, keys[1])
         if self.parallel != "none":
             entered = entered if self.mlp_norm is None else self._entered(x, self.mlp_norm)
@@ -170,28 +176,52 @@ class Stack(base.Module):
         self.kinds = tuple(kinds)
 
     def __call__(
-        self, x: jax.Array, context: Context, *, key: jax.Array | None, cache: Cache | None = None
+        self,
+        x: jax.Array,
+        context: Context,
+        *,
+        key: jax.Array | None,
+        cache: Cache | None = None,
+        places: jax.Array | None = None,
+        penultimate: bool = False,
     ) -> tuple[jax.Array, Cache | None, Statistics]:
-        """[B, T, D] -> [B, T, D]; `cache` and the statistics hold each layer's along a leading axis."""
-        config, remat = self.config, self.execution.remat
-        keys = None if key is None else jax.random.split(key, len(self.kinds))
-        local: Any = np.array([config.is_local(i) for i in range(len(self.kinds))])
-        uniform = bool(local[0]) if bool(np.all(local == local[0])) else None
+        """[B, T, D] -> [B, T, D]; `cache` and the statistics hold each layer's along a leading axis.
 
-        def body(block: Block, x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+        Args:
+            penultimate: return what goes into the last layer too, as the statistic "penultimate", [B, T, D].
+            places: [B or 1, T, D], absolute positions. The last layer then runs twice: what it is given, plus these, is what
+                its queries are made from at first, its own result the second time; keys and values are made from what it is
+                given both times. None: no mask decoder.
+
+        Reference: He et al. 2021, arXiv:2006.03654, §3.2, as in the authors' code (microsoft/DeBERTa): two passes.
+        """
+        config, remat = self.config, self.execution.remat
+        passes = len(self.kinds) + (places is not None)
+        keys = None if key is None else jax.random.split(key, passes)
+        local: Any = np.array([config.is_local(min(i, len(self.kinds) - 1)) for i in range(passes)])
+        uniform = bool(local[0]) if bool(np.all(local == local[0])) else None
+        source = None  # set when the last layer decodes masks
+
+        def body(block: Block, carry: Any, inputs: Any) -> tuple[Any, Any]:
             layer_key, layer_cache, layer_local = inputs
             layer_local = uniform if uniform is not None else layer_local
-            x, new, statistics = block(x, context, key=layer_key, cache=layer_cache, local=layer_local)
-            return x, (new, statistics | {"probe": x} if self.execution.probe else statistics)
+            before = carry[0]
+            x, new, statistics = block(
+                before, context, key=layer_key, cache=layer_cache, local=layer_local, source=source
+            )
+            carry = x, before if penultimate else None
+            return carry, (new, statistics | {"probe": x} if self.execution.probe else statistics)
 
-        parts = []
-        for start, stop, layers in self._runs():
+        parts, before = [], x if penultimate else None
+        for start, stop, layers in self._runs(places is not None):
+            if places is not None and start == len(self.kinds) - 1:
+                source, x = x, x + jnp.broadcast_to(places, x.shape)
             each = jax.tree.map(lambda a: a[start:stop], (keys, cache))  # noqa: B023
             inputs = (*each, None if uniform is not None else jnp.asarray(local[start:stop]))
-            x, made = base.scan(
+            (x, before), made = base.scan(
                 getattr(self, self.kinds[start].name),
                 body,
-                x,
+                (x, before),
                 inputs,
                 layers=layers,
                 loop=self.execution.scan,
@@ -200,19 +230,28 @@ class Stack(base.Module):
             )
             parts.append(made)
         caches = None if cache is None else _concatenated([part[0] for part in parts])
-        return x, caches, _concatenated([part[1] for part in parts if part[1]])
+        statistics = _concatenated([part[1] for part in parts if part[1]])
+        return x, caches, statistics | {"penultimate": before} if penultimate else statistics
 
-    def _runs(self) -> list[tuple[int, int, list[int] | None]]:
-        """Runs of layers of one kind: first and last + 1, and which of the kind's parameters serve them; None: all, in order."""
+    def _runs(self, twice: bool = False) -> list[tuple[int, int, list[int] | None]]:
+        """Runs of layers of one kind: first and last + 1, and which of the kind's parameters serve them; None: all, in order.
+
+        Args:
+            twice: the last layer is a run by itself, of two passes.
+        """
         runs, used = [], dict.fromkeys(self.kinds, 0)
-        groups = self.config.layer_groups
-        for kind, run in itertools.groupby(range(len(self.kinds)), key=lambda i: self.kinds[i]):
+        groups, last = self.config.layer_groups, len(self.kinds) - 1
+        for (kind, _), run in itertools.groupby(
+            range(len(self.kinds)), key=lambda i: (self.kinds[i], twice and i == last)
+        ):
             numbers = list(run)
             if groups:
                 layers = [i * groups // len(self.kinds) for i in numbers]
             else:
                 layers = list(range(used[kind], used[kind] + len(numbers)))
                 used[kind] += len(numbers)
+            if twice and numbers == [last]:
+                numbers, layers = [last, last + 1], 2 * layers
             every = layers == list(range(groups or self.kinds.count(kind)))
             runs.append((numbers[0], numbers[-1] + 1, None if every else layers))
         return runs

@@ -65,6 +65,7 @@ class Objective:
         perplexity: exp(loss) is a perplexity.
         whole_text: the loss is of every token of the text, so that it gives bits per byte.
         partner: `example` takes a second window, from another document, as `partner`.
+        both_ways: a decoder learns to read a prompt in both directions.
     """
 
     overlap: ClassVar[int] = 0
@@ -73,6 +74,7 @@ class Objective:
     perplexity: ClassVar[bool] = False
     whole_text: ClassVar[bool] = False
     partner: ClassVar[bool] = False
+    both_ways: ClassVar[bool] = False
     bound: ClassVar[Any] = None  # a Vocabulary, once it knows its tokens
 
     def validate(self, run: Run) -> None:

@@ -125,8 +125,40 @@ def token_cross_entropy(
         The sum of the loss (differentiable with respect to params and hidden), and for each row the sums "nll" and "correct",
         float32 [B] (not differentiable).
     """
+    return chunked_cross_entropy(
+        model.logits,
+        model.head(params),
+        hidden,
+        labels,
+        weights,
+        chunk_tokens=model.execution.loss_chunk,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+
+
+def chunked_cross_entropy(
+    logits: Callable[..., jax.Array],
+    head: Any,
+    hidden: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    *more: jax.Array,
+    chunk_tokens: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, Sums]:
+    """`token_cross_entropy` of any scores over the vocabulary.
+
+    Args:
+        logits: (head, hidden [B, n, D], more [B, n] each) -> float32 [B, n, V].
+        head: parameters that it reads, differentiated with respect to chunk by chunk.
+        hidden, labels, weights: see `token_cross_entropy`.
+        more: integer [B, T], whatever else the scores of a token need; no gradient.
+        chunk_tokens: tokens of which a device has the scores at once.
+    """
     batch, length = labels.shape
-    chunks = num_chunks(batch, length, model.execution.loss_chunk, mesh.batch_parts())
+    chunks = num_chunks(batch, length, chunk_tokens, mesh.batch_parts())
     padding = -length % chunks
 
     def cut(x: jax.Array) -> jax.Array:
@@ -134,12 +166,12 @@ def token_cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, chunks, (length + padding) // chunks, *x.shape[2:]), 1, 0)
 
-    def chunk_loss(head: Any, hidden: jax.Array, targets: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Sums]:
-        labels, weights = targets
+    def chunk_loss(head: Any, hidden: jax.Array, targets: tuple[jax.Array, ...]) -> tuple[jax.Array, Sums]:
+        labels, weights, *more = targets
         # Where nothing is predicted a NaN must not reach the gradient through 0 · NaN.
         hidden = jnp.where(weights[..., None] > 0, hidden, jnp.zeros((), hidden.dtype))
-        logits = mesh.constrain(model.logits(head, hidden), "batch", "length", "vocab")
-        sums = cross_entropy_sums(logits, labels, weights, label_smoothing=label_smoothing, z_loss=z_loss)
+        scores = mesh.constrain(logits(head, hidden, *more), "batch", "length", "vocab")
+        sums = cross_entropy_sums(scores, labels, weights, label_smoothing=label_smoothing, z_loss=z_loss)
         return jnp.sum(sums.pop("loss")), sums
 
-    return _over_chunks(chunk_loss, model.head(params), cut(hidden), (cut(labels), cut(weights)))
+    return _over_chunks(chunk_loss, head, cut(hidden), tuple(cut(x) for x in (labels, weights, *more)))

@@ -142,6 +142,8 @@ def _modules(abstract: Any) -> tuple[tuple[Module, ...], tuple[str, ...]]:
     modules: dict[str, Module] = {}
     no_decay = []
     for (keys, spec), decayed in zip(leaves, decays, strict=True):
+        if spec.role == "buffer":  # not learned
+            continue
         path = _path(keys)
         # decoder.stack.block.attention.query.kernel counts as decoder.stack.block.attention; embed.table as embed.
         name = ".".join(path[:4] if spec.stacked else path[:2] if len(path) > 2 else path[:1])

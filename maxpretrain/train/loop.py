@@ -98,7 +98,10 @@ class Trainer:
         self.sinks, self.checkpoints, self.console, self.ledger = sinks, checkpoints, console, ledger
         self.identity, self.check_owner = identity, check_owner
         self.session_start = time.perf_counter() - seconds_before
-        self.sampler = Sampler(setup.model, setup.prepared.tokenizer, self.run.evaluation, self.run.seed)
+        both_ways = self.run.objective.both_ways
+        self.sampler = Sampler(
+            setup.model, setup.prepared.tokenizer, self.run.evaluation, self.run.seed, both_ways=both_ways
+        )
         self.skipped_in_a_row = 0
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.saved = start if start else -1

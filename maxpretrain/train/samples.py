@@ -21,9 +21,12 @@ class Sampler:
         tokenizer: the one it is trained with.
         config: prompts, length and temperature.
         seed: of the draws.
+        both_ways: see `Generator`.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int):
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int, *, both_ways: bool = False
+    ):
         self._config, self._seed, self._tokenizer = config, seed, tokenizer
         self._architecture = model.config.architecture
         self._prompts = config.prompts if config.sample_tokens and "lm" in model.config.heads else ()
@@ -34,7 +37,7 @@ class Sampler:
             self._prompts = tuple(p for p in self._prompts if any(name in p for name in masks))
             self._fill = FillMask(model, tokenizer) if self._prompts else None
         else:
-            self._generator = Generator(model, tokenizer)
+            self._generator = Generator(model, tokenizer, both_ways=both_ways)
 
     def __call__(self, params: Any) -> list[tuple[str, str]]:
         """(prompt, what follows it) for each prompt; a text that was filled in follows an arrow."""

@@ -62,7 +62,7 @@ class Setup:
 
     def init(self) -> State:
         if self.origin is not None:
-            return initial_state(self.model, self.optimizer, self.layout, self.origin)
+            return initial_state(self.model, self.optimizer, self.layout, self.origin, self.run.seed)
         return init_state(self.model, self.optimizer, self.layout, self.run.seed)
 
     def train_step(self) -> Callable[..., Any]:

@@ -76,10 +76,18 @@ def kept(run: Run, before: Run, run_dir: Path) -> Run:
 
 
 def initial_state(
-    model: Model, optimizer: optax.GradientTransformation, layout: Layout, directory: RunDirectory
+    model: Model, optimizer: optax.GradientTransformation, layout: Layout, directory: RunDirectory, seed: int
 ) -> State:
-    """A state at step 0 with the parameters of a directory, each placed where it belongs."""
+    """A state at step 0 with the parameters of a directory, each placed where it belongs.
+
+    Where the directory's objective had other parameters beside the network's, or kept these in another way, those that this
+    one adds are fresh ones of `seed`.
+    """
     params: Any = directory.params(directory.step(), layout)
     places = state_shardings(model, optimizer, layout)
+    origin = directory.config.objective.build(directory.config.model)
+    if not model.keeps_like(origin):
+        adopt = lambda params, key: model.adopted(origin.plain(params), model.init(key))  # noqa: E731
+        params = jax.jit(adopt, out_shardings=places["params"])(params, jax.random.key(seed))
     opt_state = jax.jit(optimizer.init, out_shardings=places["opt_state"])(params)
     return {"params": params, "opt_state": opt_state, "step": jax.device_put(jnp.zeros((), jnp.int32), places["step"])}

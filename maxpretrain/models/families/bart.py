@@ -10,8 +10,8 @@ import numpy as np
 
 from maxpretrain.config import ModelConfig
 from maxpretrain.models.families.naming import Name, embedding, linear, name, norm, under
-from maxpretrain.models.families.t5 import classification_head
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options
+from maxpretrain.models.families.t5 import classification_head
 
 MODEL_TYPE = "bart"
 CLASSES = {

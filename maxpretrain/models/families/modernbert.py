@@ -165,7 +165,6 @@ def _size(layers: int, dim: int, heads: int, mlp: int) -> ModelConfig:
         lm_transform=True,
         lm_bias=True,
         head_transform=True,
-        pooling="mean",
         init="truncated_normal",
         init_std=0.02,
         depth_scaled_init=True,
