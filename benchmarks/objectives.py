@@ -121,7 +121,7 @@ def head() -> None:
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     runs = {"budget": where, "all": everywhere}
     seconds = {
-        name: median_seconds(lambda: jax.block_until_ready(step(params, hidden, at))) for name, at in runs.items()
+        name: median_seconds(lambda at=at: jax.block_until_ready(step(params, hidden, at))) for name, at in runs.items()
     }
     print(f"head and its gradient at {places} of {LENGTH} places: {1e3 * seconds['budget']:.0f} ms; at all: "
           f"{1e3 * seconds['all']:.0f} ms; {seconds['all'] / seconds['budget']:.1f} times as long")  # fmt: skip
