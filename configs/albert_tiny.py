@@ -20,7 +20,7 @@ from maxpretrain.objectives import MLM
 
 config = Run(
     name="albert-tiny",
-    steps=1000,
+    steps=700,
     model=ModelConfig(
         architecture="encoder",
         num_layers=4,
@@ -37,10 +37,10 @@ config = Run(
         lm_bias=True,
         init_std=0.05,
     ),
-    objective=MLM(pair="sop", ngram=3),
+    objective=MLM(pair="sop", ngram=3, whole_word=True),
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=32, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=250, prompts=("Return <mask> if the string is empty.",)),
-    checkpoint=CheckpointConfig(every=500),
+    evaluation=EvaluationConfig(every=175, prompts=("Return <mask> if the string is empty.",)),
+    checkpoint=CheckpointConfig(every=350),
 )

@@ -5,7 +5,7 @@
 Hardware: a v4-64 or 64 × A100; fewer devices take the batch in parts: --batch.microbatches 64.
 Hours: `maxpretrain plan bart_base --target v5p-64` tells for yours. Expected loss: not measured here.
 Paper: Lewis et al. 2019, arXiv:1910.13461, §5.1: 500,000 steps of 8,000 sequences (8,192 here, which devices divide), dropout off in
-the last tenth. The optimizer's numbers are RoBERTa's, whose scale it follows; the paper does not print its own.
+the last tenth (not done here). The optimizer's numbers are RoBERTa's, whose scale it follows; the paper does not print its own.
 """
 
 from maxpretrain.config import (

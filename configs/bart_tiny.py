@@ -35,7 +35,7 @@ config = Run(
     ),
     objective=BART(),
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
-    batch=BatchConfig(size=32, length=128),
+    batch=BatchConfig(size=16, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
     evaluation=EvaluationConfig(every=175, prompts=("Return <mask> if the string is empty.",)),
     checkpoint=CheckpointConfig(every=350),

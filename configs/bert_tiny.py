@@ -22,7 +22,7 @@ from maxpretrain.objectives import MLM
 
 config = Run(
     name="bert-tiny",
-    steps=1200,
+    steps=1000,
     model=ModelConfig(
         architecture="encoder",
         num_layers=2,
@@ -41,6 +41,6 @@ config = Run(
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=32, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=300, prompts=("Return <mask> if the string is empty.", "The <mask> of the list")),
-    checkpoint=CheckpointConfig(every=600),
+    evaluation=EvaluationConfig(every=250, prompts=("Return <mask> if the string is empty.", "The <mask> of the list")),
+    checkpoint=CheckpointConfig(every=500),
 )

@@ -5,7 +5,8 @@
 Hardware: v5p-2048 and up, by the plan's estimate.
 Hours: `maxpretrain plan deepseek_v3 --target v5p-2048` tells for yours. Expected loss: not measured here.
 Paper: DeepSeek-AI 2024, arXiv:2412.19437, §4.2: 14.8 trillion tokens at length 4,096; 2.2e-4 after 2,000 steps, held, then down to a tenth
-by cosine (here held and then lowered by the wsd schedule); bias step 0.001, sequence loss 1e-4, λ 0.3 (0.1 in the last third).
+by cosine (here held and then lowered by the wsd schedule); bias step 0.001, sequence loss 1e-4, λ 0.3; the paper has 0.1 in the
+last third, which is not done here.
 The paper's batch grows from 3,072 to 15,360 sequences; here it is 15,360.
 """
 

@@ -20,7 +20,7 @@ from maxpretrain.objectives import ELECTRA
 
 config = Run(
     name="electra-tiny",
-    steps=1200,
+    steps=1000,
     model=ModelConfig(
         architecture="encoder",
         num_layers=2,
@@ -35,8 +35,8 @@ config = Run(
     ),
     objective=ELECTRA(generator_share=0.5),
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
-    batch=BatchConfig(size=32, length=128),
+    batch=BatchConfig(size=16, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=300),
-    checkpoint=CheckpointConfig(every=600),
+    evaluation=EvaluationConfig(every=250),
+    checkpoint=CheckpointConfig(every=500),
 )

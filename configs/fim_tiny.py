@@ -21,7 +21,7 @@ from maxpretrain.objectives import FillInTheMiddle
 
 config = Run(
     name="fim-tiny",
-    steps=800,
+    steps=700,
     model=ModelConfig(
         num_layers=3,
         model_dim=128,
@@ -39,6 +39,6 @@ config = Run(
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=16, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=200, prompts=("Return the ",)),
-    checkpoint=CheckpointConfig(every=400),
+    evaluation=EvaluationConfig(every=175, prompts=("Return the ",)),
+    checkpoint=CheckpointConfig(every=350),
 )

@@ -24,7 +24,7 @@ from maxpretrain.objectives import CLM
 
 config = Run(
     name="moe-tiny",
-    steps=500,
+    steps=400,
     model=ModelConfig(
         num_layers=2,
         model_dim=128,
@@ -44,6 +44,6 @@ config = Run(
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=16, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=125, prompts=("Return the ",)),
-    checkpoint=CheckpointConfig(every=250),
+    evaluation=EvaluationConfig(every=100, prompts=("Return the ",)),
+    checkpoint=CheckpointConfig(every=200),
 )

@@ -20,7 +20,7 @@ from maxpretrain.objectives import SpanBERT
 
 config = Run(
     name="spanbert-tiny",
-    steps=1000,
+    steps=800,
     model=ModelConfig(
         architecture="encoder",
         num_layers=2,
@@ -40,6 +40,6 @@ config = Run(
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=32, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=250, prompts=("Return <mask> if the string is empty.",)),
-    checkpoint=CheckpointConfig(every=500),
+    evaluation=EvaluationConfig(every=200, prompts=("Return <mask> if the string is empty.",)),
+    checkpoint=CheckpointConfig(every=400),
 )

@@ -6,6 +6,8 @@ Hardware: v5p-256 and up, by the plan's estimate.
 Hours: `maxpretrain plan ul2 --target v5p-256` tells for yours. Expected loss: not measured here.
 Paper: Tay et al. 2022, arXiv:2205.05131, §4.1: two million steps of 1,024 sequences of 512 tokens, a trillion in all.
 The paper has Adafactor with an inverse square root schedule; AdamW at 3e-4 is ours.
+The tokenizer needs 128 sentinels, <extra_id_0> to <extra_id_127>, and [NLU], [NLG], [S2S]; T5's own has 100 and none of these.
+One that is trained for the run (--tokenizer.kind sentencepiece --tokenizer.path '') has them.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ config = Run(
     ),
     objective=UL2(),
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
-    batch=BatchConfig(size=32, length=128),
+    batch=BatchConfig(size=16, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
     evaluation=EvaluationConfig(every=200, prompts=("[NLU]Return <extra_id_0> if the string is <extra_id_1>.",)),
     checkpoint=CheckpointConfig(every=400),

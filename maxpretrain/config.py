@@ -141,7 +141,9 @@ class EvaluationConfig:
     """What is measured while training, always on the same validation windows."""
 
     every: int = 250  # steps between evaluations; 0: only at the end
-    batches: int = 0  # at most so many batches; 0: the whole validation text
+    batches: int = (
+        0  # at most so many batches, of windows spread over the text (which: by the batch size); 0: all of it
+    )
     prompts: tuple[str, ...] = (
         "The ",
     )  # continued at each evaluation, or their masks or sentinels filled, for the report
@@ -285,6 +287,11 @@ def validate(run: Run, *, resolved: bool = False) -> None:
     _validate_schedule(run.optimizer.schedule, total)
     _validate_optimizer(run.optimizer)
     _validate_data(run.data)
+    require(
+        run.balance.loss != "importance_mean_square" or run.batch.microbatches == 1 or not run.model.moe.num_experts,
+        f'balance.loss "importance_mean_square" grows with the tokens of a microbatch, and batch.microbatches is {run.batch.microbatches}; '
+        'use "importance"',
+    )
     for part, value in (
         ("evaluation.every", run.evaluation.every),
         ("evaluation.batches", run.evaluation.batches),

@@ -188,6 +188,7 @@ class FillMask:
         return _Asked(tokens, real, places, [len(at) for at in where], [len(ids) for ids in rows])
 
     def _ids(self, text: str) -> np.ndarray:
+        text = with_mask(text, self.mask)
         wanted = text.count(self.mask)
         if not wanted:
             shown = text if len(text) <= 40 else f"{text[:39]}…"
@@ -201,6 +202,13 @@ class FillMask:
 
     def _text(self, id: int) -> str:
         return self._tokenizer.decode([id]) or self._tokenizer.piece(id)
+
+
+def with_mask(text: str, mask: str) -> str:
+    """The text with the mask by the name that the tokenizer has for it, whichever of the usual ones it was written with."""
+    for name in MASKS:
+        text = text.replace(name, mask)
+    return text
 
 
 def _mask_of(tokenizer: Tokenizer) -> tuple[str, int]:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # pragma: no cover
 MASKS = ("<mask>", "[MASK]")
 MODES = ("[NLU]", "[NLG]", "[S2S]")
 FIM = {
-    "prefix": ("<fim_prefix>", "<|fim_prefix|>", "<PRE>", "<|fim▁begin|>"),
-    "suffix": ("<fim_suffix>", "<|fim_suffix|>", "<SUF>", "<|fim▁hole|>"),
-    "middle": ("<fim_middle>", "<|fim_middle|>", "<MID>", "<|fim▁end|>"),
+    "prefix": ("<fim_prefix>", "<|fim_prefix|>", "<PRE>", "▁<PRE>", "<｜fim▁begin｜>"),
+    "suffix": ("<fim_suffix>", "<|fim_suffix|>", "<SUF>", "▁<SUF>", "<｜fim▁hole｜>"),
+    "middle": ("<fim_middle>", "<|fim_middle|>", "<MID>", "▁<MID>", "<｜fim▁end｜>"),
 }
 # BERT's; where a tokenizer has them they stand around a sequence, else bos and eos do.
 ENDS = {"begin": ("[CLS]",), "end": ("[SEP]",)}
@@ -76,6 +76,7 @@ class Vocabulary:
         control = {*own, begin, end, mask, *fim, *modes, *spans} - {None}
         silent = {i for i in named.values() if not tokenizer.piece_bytes(i)}
         pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        silent |= {i for i, piece in enumerate(pieces) if not piece}  # gaps between ids
         return cls(
             size=tokenizer.vocab_size,
             pad_id=tokenizer.pad_id or 0,

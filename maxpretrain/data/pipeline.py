@@ -306,6 +306,12 @@ def segments_of(store: Store, starts: np.ndarray, length: int) -> np.ndarray:
     return np.cumsum(segments, axis=1, dtype=np.int32, out=segments)
 
 
+@functools.lru_cache(maxsize=64)
+def _documents(store: Store) -> np.ndarray:
+    """int64: the documents of a store that have tokens."""
+    return np.flatnonzero(np.diff(store.offsets) > 0)
+
+
 def partners_of(store: Store, starts: np.ndarray, length: int, bits: np.ndarray) -> np.ndarray:
     """The beginnings of documents drawn by `bits`, other documents than those of windows at `starts`.
 
@@ -320,7 +326,7 @@ def partners_of(store: Store, starts: np.ndarray, length: int, bits: np.ndarray)
     Raises:
         UserError: the text is one document.
     """
-    real = np.flatnonzero(np.diff(store.offsets) > 0)  # documents with tokens
+    real = _documents(store)
     if len(real) < 2:
         raise UserError(
             f"{store.path} holds one document, and the objective pairs texts of different ones; give data of several documents "
@@ -329,7 +335,8 @@ def partners_of(store: Store, starts: np.ndarray, length: int, bits: np.ndarray)
     own = np.searchsorted(real, np.searchsorted(store.offsets, starts, "right") - 1)
     drawn = (bits % np.uint64(len(real) - 1)).astype(np.int64)
     document = real[drawn + (drawn >= own)]
-    begin, size = store.offsets[document], np.diff(store.offsets)[document]
+    begin = store.offsets[document]
+    size = store.offsets[document + 1] - begin
     out = np.zeros((len(starts), length), np.int32)
     for row, (first, count) in enumerate(zip(begin.tolist(), np.minimum(size, length).tolist(), strict=True)):
         out[row, :count] = store.read(first, count)

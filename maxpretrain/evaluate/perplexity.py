@@ -104,6 +104,8 @@ class Evaluator:
             raise UserError("the validation text holds nothing to predict; give documents of at least two tokens")
         means = {f"eval/{name}": total / weight if weight else math.nan for name, (total, weight) in totals.items()}
         means["eval/loss"] = self._objective.combined({name.removeprefix("eval/"): v for name, v in means.items()})
+        # What the text has nothing of, such as examples of a denoiser, has no mean.
+        means = {name: value for name, value in means.items() if name == "eval/loss" or not math.isnan(value)}
         nats = means.get("eval/cross_entropy", means["eval/loss"])
         if self._objective.perplexity:
             means["eval/perplexity"] = math.exp(nats) if nats < 700 else math.inf

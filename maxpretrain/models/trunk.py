@@ -102,7 +102,7 @@ class Trunk(Module):
             return None
         slopes = jnp.asarray(position.alibi_slopes(self.config.num_heads), jnp.float32)[None, :, None, None]
         distance = jnp.arange(keys, dtype=jnp.int32)[None, None, :] - context.places(length)[:, :, None]
-        distance = distance if self.causal else -jnp.abs(distance)
+        distance = -jnp.abs(distance)  # a causal query has no key ahead, but in a prefix
         return slopes * distance.astype(jnp.float32)[:, None]
 
     def _angles(self, at: jax.Array, length: int) -> tuple[tuple[jax.Array, jax.Array] | None, ...]:

@@ -72,6 +72,13 @@ class FillInTheMiddle(CLM):
             raise UserError(
                 'objective.level is "character", and there is no tokenizer to split the text anew; set it to "token"'
             )
+        if self.level == "character" and vocabulary.tokenizer.kind not in ("bytes", "characters"):
+            encode, decode = vocabulary.tokenizer.encode, vocabulary.tokenizer.decode
+            if decode([*encode("Th"), *encode("e c"), *encode(" at")]) != "The c at":
+                raise UserError(
+                    'objective.level is "character", and the tokenizer changes a text that it is given in parts (it puts spaces in '
+                    'front, or leaves something out); set it to "token"'
+                )
 
     def example(
         self, tokens: np.ndarray, rng: np.random.Generator, segments: np.ndarray | None = None, **more: np.ndarray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from functools import cached_property
@@ -232,6 +233,8 @@ def require_shares(shares: tuple[float, ...], count: int, name: str, *, zeros: b
     """Raises UserError where these are not `count` positive numbers (or zeros) that add up to 1."""
     if len(shares) != count:
         raise UserError(f"{name} has {len(shares)} numbers for {count} objectives; give one each")
+    if not all(map(math.isfinite, shares)):
+        raise UserError(f"{name} {shares} must be finite numbers")
     if min(shares) < 0 or (not zeros and min(shares) == 0):
         raise UserError(f"{name} has {min(shares):g}; a weight must be {'at least' if zeros else 'above'} 0")
     if abs(sum(shares) - 1) > 1e-6:

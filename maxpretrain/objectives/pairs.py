@@ -37,7 +37,7 @@ def paired(
 
     A and B are of one document of the window, drawn in proportion to its tokens, so that each stretch of the text has
     the same chance; they part at the end of a sentence, drawn among all, or anywhere where the vocabulary knows of
-    none. With the chance `short_share` they have a random length together, from 2 to the window's. In NSP B is a
+    none. In SOP they are of whole sentences. With the chance `short_share` they have a random length together, from 2 to the window's. In NSP B is a
     stretch of `partner` half of the time, of B's length where that has so much; in SOP A and B change places half of
     the time.
 
@@ -73,11 +73,17 @@ def paired(
     start, stop = int(begins[drawn]), int(ends[drawn])
     if rng.random() < short_share:
         stop = min(stop, start + int(rng.integers(2, max(3, len(tokens) + 1))))
+    opening = start
+    if kind == "sop":
+        start, stop = _whole_sentences(tokens, start, stop, vocabulary, cut=drawn == 0)
+        if stop - start < 2:
+            return _unpaired(tokens, segments, vocabulary)
     middle = start + _division(tokens[start:stop], rng, vocabulary)
     first, second = tokens[start:middle], tokens[middle:stop]
     # What is cut off a short pair goes into a segment of its own, as the other documents do.
     starts[drawn], begins[drawn] = stop, min(stop, ends[drawn])
     rest = list(zip(starts[begins < ends].tolist(), stops[begins < ends].tolist(), strict=True))
+    rest += [(opening, start)] if opening < start else []
     label = int(rng.random() < 0.5)
     if label and other is not None:
         rest.append((middle, stop))
@@ -110,6 +116,26 @@ def texts_of(
     ends = np.maximum.reduceat(np.where(ordinary, index + 1, 0), starts)
     none = begins >= ends
     return np.where(none, stops, begins), np.where(none, stops, ends)
+
+
+def _whole_sentences(
+    tokens: np.ndarray, start: int, stop: int, vocabulary: Vocabulary, *, cut: bool
+) -> tuple[int, int]:
+    """The part of a text that is whole sentences, at least two; (start, start) where it has not so many.
+
+    A pair that begins or ends within a sentence, and parts between two, would tell by its edges alone whether it is
+    swapped. Where no sentence ends at all, any edge is like any other, and the text stays as it is.
+
+    Args:
+        cut: the text may begin within a sentence.
+    """
+    if vocabulary.sentence_ends is None:
+        return start, stop
+    ends = start + 1 + np.flatnonzero(vocabulary.sentence_ends[tokens[start:stop]])
+    if not len(ends):
+        return start, stop
+    ends = ends if cut else np.append(start, ends)
+    return (int(ends[0]), int(ends[-1])) if len(ends) > 2 else (start, start)
 
 
 def _division(text: np.ndarray, rng: np.random.Generator, vocabulary: Vocabulary) -> int:

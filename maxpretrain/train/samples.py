@@ -33,8 +33,8 @@ class Sampler:
         self._generator: Generator | None = None
         self._fill: FillMask | None = None
         if self._architecture == "encoder":
-            masks = [name for name in MASKS if tokenizer.id_of(name) is not None]
-            self._prompts = tuple(p for p in self._prompts if any(name in p for name in masks))
+            masks = any(tokenizer.id_of(name) is not None for name in MASKS)
+            self._prompts = tuple(p for p in self._prompts if masks and any(name in p for name in MASKS))
             self._fill = FillMask(model, tokenizer) if self._prompts else None
         else:
             self._generator = Generator(model, tokenizer, both_ways=both_ways)
