@@ -101,7 +101,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """What keeps the experts of a mixture evenly loaded; without experts it does nothing."""
+    """What keeps the experts of a mixture evenly loaded; without experts it does nothing. The losses are of a microbatch, where a
+    batch has several; the bias goes by the whole batch."""
 
     loss: Literal["none", "switch", "switch_mean", "importance", "importance_mean_square", "sequence"] = (
         "switch_mean"  # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even
