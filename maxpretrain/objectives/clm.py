@@ -99,20 +99,7 @@ class CLM(Objective):
         return self.replace(label_smoothing=0.0, z_loss=0.0)
 
     def loss(self, model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
-        from maxpretrain.objectives.cross_entropy import token_cross_entropy
+        from maxpretrain.objectives.cross_entropy import label_loss
 
         output = model.apply(params, batch["tokens"], batch.get("positions"), batch.get("segments"), key)
-        total, sums = token_cross_entropy(
-            model,
-            params,
-            output.hidden,
-            batch["labels"],
-            batch["weights"],
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-        )
-        weight = batch["weights"].sum()
-        metrics = {"accuracy": (sums["correct"].sum(), weight)}
-        if self.label_smoothing or self.z_loss:
-            metrics["cross_entropy"] = (sums["nll"].sum(), weight)
-        return Loss(total, weight, metrics, output.aux)
+        return label_loss(model, params, output, batch, label_smoothing=self.label_smoothing, z_loss=self.z_loss)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maxpretrain import mesh
+from maxpretrain.objectives.base import Loss
 
 Sums = dict[str, jax.Array]
 
@@ -175,3 +176,20 @@ def chunked_cross_entropy(
         return jnp.sum(sums.pop("loss")), sums
 
     return _over_chunks(chunk_loss, head, cut(hidden), tuple(cut(x) for x in (labels, weights, *more)))
+
+
+def label_loss(
+    model: Any, params: Any, output: Any, batch: dict[str, jax.Array], *, label_smoothing: float, z_loss: float
+) -> Loss:
+    """The loss of a batch with "labels" and "weights" [B, T] for the hidden states of a network's `output`.
+
+    Metrics: "accuracy"; "cross_entropy" where smoothing or z-loss make the loss another.
+    """
+    labels, weights = batch["labels"], batch["weights"]
+    how = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    total, sums = token_cross_entropy(model, params, output.hidden, labels, weights, **how)
+    weight = weights.sum()
+    metrics = {"accuracy": (sums["correct"].sum(), weight)}
+    if label_smoothing or z_loss:
+        metrics["cross_entropy"] = (sums["nll"].sum(), weight)
+    return Loss(total, weight, metrics, output.aux)
