@@ -14,6 +14,7 @@ from maxpretrain import hardware, optim
 from maxpretrain.config import Run
 from maxpretrain.data.pipeline import EvaluationBatches, Pipeline
 from maxpretrain.data.prepare import Prepared
+from maxpretrain.data.tokenizer import load_tokenizer
 from maxpretrain.errors import UserError
 from maxpretrain.evaluate.perplexity import Evaluator
 from maxpretrain.mesh import Layout, make_layout
@@ -126,6 +127,8 @@ def precheck(run: Run) -> None:
             f"compute.cpu_devices is {asked}, but jax has started with {len(there)} CPU devices; leave the count out of XLA_FLAGS, "
             "and in Python call mp.train before anything that uses jax"
         )
+    if run.tokenizer.path:
+        run.objective.bind(Vocabulary.of(load_tokenizer(run.tokenizer.path, run.tokenizer.kind)))
     layout = make_layout(run.mesh)
     if run.model.vocab_size is None:  # not known yet: any that the mesh divides
         run = run.replace(model=dataclasses.replace(run.model, vocab_size=layout.extent("vocab")))

@@ -116,9 +116,7 @@ def test_swapped_texts():
         assert (b + a if row["pair_label"] else a + b) == text
         assert rest == [document(10, 4)[:4]]
         orders.add((int(row["pair_label"]), len(a)))
-    assert orders == {
-        (label, size) for label in (0, 1) for size in (4, 8)
-    }  # both ends of a sentence, both orders
+    assert orders == {(label, size) for label in (0, 1) for size in (4, 8)}  # both ends of a sentence, both orders
 
 
 def test_the_edges_of_a_pair_do_not_tell_its_order():

@@ -418,3 +418,20 @@ def test_a_save_that_failed_is_not_reported_as_one(run, monkeypatch):
     run_dir = train(run.replace(evaluation=EvaluationConfig(every=0, prompts=())))
     assert [e["step"] for e in read_events(run_dir) if e["event"] == "checkpoint"] == [6]
     assert Checkpoints(run_dir / "checkpoints").steps() == [6]
+
+
+def test_a_tokenizer_that_lacks_what_the_objective_needs_is_refused_before_text_is_read(tmp_path):
+    from maxpretrain.config import ModelConfig
+    from maxpretrain.data.tokenizer import Bytes
+    from maxpretrain.objectives import MLM
+    from maxpretrain.train import setup
+
+    Bytes(("</s>",)).save(tmp_path)
+    run = Run(
+        model=ModelConfig(architecture="encoder"),
+        objective=MLM(),
+        tokenizer=TokenizerConfig(kind="bytes", path=str(tmp_path)),
+        data=DataConfig(train=("nowhere.txt",)),
+    )
+    with pytest.raises(UserError, match="objective MLM needs a mask token, and the tokenizer has none"):
+        setup.precheck(run)
