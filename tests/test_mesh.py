@@ -1,5 +1,6 @@
 """The mesh, its resolver, and what it refuses."""
 
+import dataclasses
 import re
 
 import jax
@@ -109,3 +110,12 @@ def test_constrain_places_activations_only_inside_use():
         placed = jax.jit(lambda x: mesh.constrain(x, "batch", None))(x)
     assert placed.sharding.spec[0] is not None
     assert mesh.batch_parts() == 1
+
+
+def test_one_key_value_head_serves_every_part():
+    model = build(dataclasses.replace(MODEL, num_kv_heads=1))
+    layout = mesh.make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout.check(model.abstract, 8)
+    attention = model.abstract["decoder"]["stack"]["block"]["attention"]
+    assert attention["key"]["kernel"].axes[-2] is None
+    assert attention["query"]["kernel"].axes[-2] == "heads"

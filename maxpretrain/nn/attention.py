@@ -30,8 +30,10 @@ class Attention(Module):
         bias = config.bias if config.qkv_bias is None else config.qkv_bias
         project = partial(Linear, {"embed": d}, bias=bias)
         self.query = project({"heads": h, "head_dim": k}, matrix(config, d, h * k, query_width=k))
-        self.key = project({"kv_heads": j, "head_dim": k}, matrix(config, d, j * k))
-        self.value = project({"kv_heads": j, "head_dim": k}, matrix(config, d, j * k))
+        # One head for all queries (multi-query) is not cut: every device that has queries needs it.
+        self.kv_axis = None if j == 1 else "kv_heads"
+        self.key = project({self.kv_axis: j, "head_dim": k}, matrix(config, d, j * k))
+        self.value = project({self.kv_axis: j, "head_dim": k}, matrix(config, d, j * k))
         self.out = Linear(
             {"heads": h, "head_dim": k},
             {"embed": d},
@@ -89,7 +91,7 @@ class Attention(Module):
             mask, plain = seen(context, x.shape[1], k.shape[1], local)
             bias = self._bias(q, k, context)
         q = constrain(q, "batch", "length", "heads", None)
-        k, v = (constrain(a, "batch", "length", "kv_heads", None) for a in (k, v))
+        k, v = (constrain(a, "batch", "length", self.kv_axis, None) for a in (k, v))
         config = self.config
         attended = attend(
             q,

@@ -53,8 +53,8 @@ class Linear(Module):
 
     def __init__(
         self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
+        inputs: dict[str | None, int],
+        outputs: dict[str | None, int],
         initializer: Initializer,
         *,
         bias: bool,

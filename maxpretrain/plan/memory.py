@@ -47,7 +47,7 @@ def saved_per_token(
     itemsize = 2 if execution.dtype == "bfloat16" else 4
     width = model.model_dim
     query = model.num_heads * model.head_width / cut("heads")
-    key_value = 2 * model.kv_heads * model.head_width / cut("kv_heads")
+    key_value = 2 * model.kv_heads * model.head_width / (1 if model.kv_heads == 1 else cut("kv_heads"))
     moe = model.moe
     dense = (
         len(moe.dense_layers) / model.num_layers if moe.num_experts else 1.0
