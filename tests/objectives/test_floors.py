@@ -119,3 +119,16 @@ def test_what_is_copied_costs_nothing_and_the_rest_its_entropy():
     floor = 8 / 17 * np.log(SYMBOLS)
     assert floor == pytest.approx(0.8432, abs=1e-4)
     assert floor - 0.01 < loss < floor + 0.03
+
+
+def test_masked_copies_are_found_in_the_other_half():
+    rng = np.random.default_rng(0)
+    word = rng.integers(0, SYMBOLS, (ROWS * (STEPS + 24), 8))
+    objective = MLM(rate=0.2, mask_share=1.0, random_share=0.0)
+    loss, held = trained(objective, shape("encoder", 16, layers=2), np.concatenate([word, word], 1))
+    flat = {k: v.reshape(-1, v.shape[-1]) for k, v in held.items()}
+    other = np.take_along_axis(flat["tokens"], (flat["places"] + 8) % 16, 1)
+    hidden_twice = (other == MASK)[flat["weights"] > 0].mean()
+    floor = hidden_twice * np.log(SYMBOLS)  # of what is masked in both halves nothing is known
+    assert 0.1 < floor < 0.4
+    assert floor - 0.03 < loss < floor + 0.1
