@@ -2,7 +2,7 @@
 
     maxpretrain train configs/albert_tiny.py
 
-Hardware: any; two CPU cores take about five minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Lan et al. 2020, arXiv:1909.11942.
 """
 

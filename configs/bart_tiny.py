@@ -3,7 +3,7 @@
     maxpretrain train configs/bart_tiny.py
     maxpretrain generate bart-tiny --prompt "Return <mask> if the string is empty."
 
-Hardware: any; two CPU cores take about five minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Lewis et al. 2019, arXiv:1910.13461.
 """
 

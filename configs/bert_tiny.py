@@ -3,7 +3,7 @@
     maxpretrain train configs/bert_tiny.py
     maxpretrain generate bert-tiny --prompt "Return <mask> if the string is empty."
 
-Hardware: any; two CPU cores take about four minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Devlin et al. 2018, arXiv:1810.04805; without the pairs of sentences, as Liu et al. 2019, arXiv:1907.11692, have it.
 Your own text: --data.train 'texts/*.jsonl' --name mine
 """

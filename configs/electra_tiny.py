@@ -2,7 +2,7 @@
 
     maxpretrain train configs/electra_tiny.py
 
-Hardware: any; two CPU cores take about five minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Clark et al. 2020, arXiv:2003.10555.
 """
 

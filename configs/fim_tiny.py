@@ -3,7 +3,7 @@
     maxpretrain train configs/fim_tiny.py
     maxpretrain generate fim-tiny --prompt "Return the " --suffix " of the list."
 
-Hardware: any; two CPU cores take about four minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Bavarian et al. 2022, arXiv:2207.14255.
 """
 

@@ -3,7 +3,7 @@
     maxpretrain train configs/moe_tiny.py
     maxpretrain train configs/moe_tiny.py --name moe-unbalanced --balance.loss none
 
-Hardware: any; two CPU cores take about four minutes.
+Hardware: any; two CPU cores take a few minutes.
 Papers: Jiang et al. 2024, arXiv:2401.04088 (experts); Fedus et al. 2021, arXiv:2101.03961 (the loss).
 Watch: train/expert_load_spread and train/expert_load, with and without the loss.
 """

@@ -3,7 +3,7 @@
     maxpretrain train configs/mtp_tiny.py
     maxpretrain train configs/mtp_tiny.py --name mtp-parallel --objective.form parallel --objective.depth 3
 
-Hardware: any; two CPU cores take about four minutes.
+Hardware: any; two CPU cores take a few minutes.
 Papers: DeepSeek-AI 2024, arXiv:2412.19437, §2.2; Gloeckle et al. 2024, arXiv:2404.19737 (the parallel form).
 """
 

@@ -2,7 +2,7 @@
 
     maxpretrain train configs/prefix_lm_tiny.py
 
-Hardware: any; two CPU cores take about three minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Raffel et al. 2020, arXiv:1910.10683, §3.2.
 """
 

@@ -2,7 +2,7 @@
 
     maxpretrain train configs/spanbert_tiny.py
 
-Hardware: any; two CPU cores take about four minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Joshi et al. 2019, arXiv:1907.10529.
 """
 

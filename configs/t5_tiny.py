@@ -3,7 +3,7 @@
     maxpretrain train configs/t5_tiny.py
     maxpretrain generate t5-tiny --prompt "Return <extra_id_0> if the string is <extra_id_1>."
 
-Hardware: any; two CPU cores take about four minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202 (gated).
 """
 

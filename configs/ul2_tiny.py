@@ -2,7 +2,7 @@
 
     maxpretrain train configs/ul2_tiny.py
 
-Hardware: any; two CPU cores take about five minutes.
+Hardware: any; two CPU cores take a few minutes.
 Paper: Tay et al. 2022, arXiv:2205.05131.
 """
 

@@ -16,7 +16,7 @@ from maxpretrain.errors import Diverged, UserError
 from maxpretrain.generate import bucket
 from maxpretrain.models import Model, build
 from maxpretrain.sampling import NOT_FINITE, Sampling, draw, settings
-from maxpretrain.vocabulary import ENDS, MASKS
+from maxpretrain.vocabulary import MASKS, ends_of
 
 
 class Candidate(NamedTuple):
@@ -164,9 +164,7 @@ class FillMask:
     @functools.cached_property
     def _ends(self) -> tuple[list[int], list[int]]:
         """What comes before and after the ids of a text."""
-        tokenizer = self._tokenizer
-        begin, end = tokenizer.id_of(ENDS["begin"][0]), tokenizer.id_of(ENDS["end"][0])
-        bos, eos = tokenizer.bos_id if begin is None else begin, tokenizer.eos_id if end is None else end
+        bos, eos = ends_of(self._tokenizer)
         return [] if bos is None else [bos], [] if eos is None else [eos]
 
     def _asked(self, texts: Sequence[str]) -> _Asked:

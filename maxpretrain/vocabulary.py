@@ -21,8 +21,6 @@ FIM = {
     "suffix": ("<fim_suffix>", "<|fim_suffix|>", "<SUF>", "▁<SUF>", "<｜fim▁hole｜>"),
     "middle": ("<fim_middle>", "<|fim_middle|>", "<MID>", "▁<MID>", "<｜fim▁end｜>"),
 }
-# BERT's; where a tokenizer has them they stand around a sequence, else bos and eos do.
-ENDS = {"begin": ("[CLS]",), "end": ("[SEP]",)}
 
 
 def sentinels(count: int) -> tuple[str, ...]:
@@ -66,7 +64,7 @@ class Vocabulary:
         """The ids of a tokenizer, found by the usual names of special tokens."""
         named = tokenizer.named
         first = lambda names: next((named[n] for n in names if n in named), None)  # noqa: E731
-        begin, end = first(ENDS["begin"]), first(ENDS["end"])
+        begin, end = ends_of(tokenizer)
         fim = [first(names) for names in FIM.values()]
         modes = [first([name]) for name in MODES]
         numbered = {int(m[1]): i for name, i in named.items() if (m := re.fullmatch(r"<extra_id_(\d+)>", name))}
@@ -76,24 +74,20 @@ class Vocabulary:
         control = {*own, begin, end, mask, *fim, *modes, *spans} - {None}
         silent = {i for i in named.values() if not tokenizer.piece_bytes(i)}
         pieces = [tokenizer.piece(i) for i in range(tokenizer.vocab_size)]
+        texts = [tokenizer.piece_bytes(i).decode("utf-8", "replace") or piece for i, piece in enumerate(pieces)]
         silent |= {i for i, piece in enumerate(pieces) if not piece}  # gaps between ids
         return cls(
             size=tokenizer.vocab_size,
             pad_id=tokenizer.pad_id or 0,
-            bos_id=tokenizer.bos_id if begin is None else begin,
-            eos_id=tokenizer.eos_id if end is None else end,
+            bos_id=begin,
+            eos_id=end,
             mask_id=mask,
             sentinels=spans,
             modes=() if None in modes else tuple(modes),  # type: ignore[arg-type]
             fim=() if None in fim else tuple(fim),  # type: ignore[arg-type]
             specials=tuple(sorted(control | silent)),  # type: ignore[type-var]
-            word_starts=_word_starts(pieces, tokenizer),
-            sentence_ends=np.array(
-                [
-                    bool(re.search(r"[.!?。！？]['\")\]]*[\s▁]*$|\n", _text(p, tokenizer, i)))
-                    for i, p in enumerate(pieces)
-                ]
-            ),
+            word_starts=_word_starts(pieces, texts),
+            sentence_ends=np.array([_SENTENCE_END.search(text) is not None for text in texts]),
             tokenizer=tokenizer,
         )
 
@@ -121,15 +115,19 @@ class Vocabulary:
         return begins
 
 
-def _text(piece: str, tokenizer: Tokenizer, id: int) -> str:
-    return tokenizer.piece_bytes(id).decode("utf-8", "replace") or piece
+def ends_of(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The ids that stand around a sequence: [CLS] and [SEP] where there are such, else bos and eos."""
+    begin, end = (tokenizer.id_of(name) for name in ("[CLS]", "[SEP]"))
+    return tokenizer.bos_id if begin is None else begin, tokenizer.eos_id if end is None else end
 
 
-def _word_starts(pieces: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+_SENTENCE_END = re.compile(r"[.!?。！？]['\")\]]*[\s▁]*$|\n")
+
+
+def _word_starts(pieces: Sequence[str], texts: Sequence[str]) -> np.ndarray:
     """Tokens that begin a word: those without `##` where a tokenizer marks what continues one, else those that begin with, or
     are, white space."""
     if any(piece.startswith("##") and len(piece) > 2 for piece in pieces) and "[CLS]" in pieces:
         return np.array([not piece.startswith("##") for piece in pieces])
-    return np.array(
-        [piece[:1] in ("▁", "Ġ", "Ċ") or _text(piece, tokenizer, i)[:1].isspace() for i, piece in enumerate(pieces)]
-    )
+    spaced = [text[:1].isspace() for text in texts]
+    return np.array([space or piece[:1] in ("▁", "Ġ", "Ċ") for piece, space in zip(pieces, spaced, strict=True)])

@@ -29,8 +29,8 @@ def evaluate_run(run_dir: Source, data: Source | None = None, step: int | None =
         step: of the checkpoint; None: the last one.
 
     Returns:
-        "step", "loss" (nats per predicted token), "perplexity" (of a generative network), "bits_per_byte", "accuracy" and what
-        else the objective reports, "tokens" and "bytes" of the text, and "length" of the windows it was cut into.
+        "step", "loss" (nats per predicted token), "perplexity" and "bits_per_byte" (where the objective has such), "accuracy" and
+        what else it reports, "tokens" and "bytes" of the text, and "length" of the windows it was cut into.
 
     Raises:
         UserError: there is no such run or text, or the text holds nothing to predict.
