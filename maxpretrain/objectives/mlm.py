@@ -185,13 +185,21 @@ class MLM(Masked):
     def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if self.pair == "none":
             return batch
-        return batch | {"pair_scale": masking.scale(batch["weights"], batch["pair_weight"])}
+        import jax.numpy as jnp
+
+        masked = batch["weights"].sum() > 0
+        scale = masking.scale(batch["weights"], batch["pair_weight"])
+        # Where nothing is masked, as of words that are all too long, the pairs count by themselves.
+        return batch | {
+            "pair_scale": jnp.where(masked, scale, 1.0),
+            "pair_alone": jnp.where(masked, 0.0, batch["pair_weight"]),
+        }
 
     def combined(self, means: dict[str, float]) -> float:
         if self.pair == "none":
             return means["loss"]
-        # A text without any pair has no mean of them.
-        return means["mlm_loss"] + (0.0 if math.isnan(means["pair_loss"]) else means["pair_loss"])
+        # A text without any pair has no mean of them, one without any mask none of those.
+        return sum(mean for mean in (means["mlm_loss"], means["pair_loss"]) if not math.isnan(mean))
 
     def loss(self, model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
         from maxpretrain.objectives.cross_entropy import gathered, token_cross_entropy
@@ -213,4 +221,5 @@ class MLM(Masked):
             "pair_loss": (of_pairs["nll"], number),
             "pair_accuracy": (of_pairs["correct"], number),
         }
-        return Loss(total + batch["pair_scale"].max() * of_pairs["nll"], weight, metrics, output.aux)
+        total = total + batch["pair_scale"].max() * of_pairs["nll"]
+        return Loss(total, weight + batch["pair_alone"].sum(), metrics, output.aux)

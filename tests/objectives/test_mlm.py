@@ -413,7 +413,18 @@ def test_both_means_are_exact_in_microbatches(params):
     assert float(loss.metrics["pair_accuracy"][1]) == 3
     assert objective.combined(said) == pytest.approx(float(expected), rel=1e-5)
     assert objective.combined(said | {"pair_loss": math.nan}) == pytest.approx(said["mlm_loss"])
+    assert objective.combined(said | {"mlm_loss": math.nan}) == pytest.approx(said["pair_loss"])
     assert MLM().combined({"loss": 2.5}) == 2.5
+
+
+def test_pairs_count_where_nothing_is_masked(params):
+    objective, batch = MLM(**PAIRED), with_a_row_without_pair()
+    batch |= {"weights": jnp.zeros_like(batch["weights"])}
+    (_, loss), grads = program(objective)(params, batch)
+    nll, number = loss.metrics["pair_loss"]
+    assert float(loss.weight) == float(number) == 3
+    assert float(loss.sum) == pytest.approx(float(nll))
+    assert float(jnp.abs(grads["heads"]["pair"]["kernel"]).max()) > 0
 
 
 def test_the_same_on_a_mesh(params):
