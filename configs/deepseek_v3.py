@@ -42,6 +42,6 @@ config = Run(
     ),
     mesh=MeshConfig(data=1, fsdp=-1, expert=16),
     compute=ComputeConfig(remat="full"),
-    evaluation=EvaluationConfig(every=5000, batches=20, prompts=()),
+    evaluation=EvaluationConfig(every=5000, windows=10_240, prompts=()),
     checkpoint=CheckpointConfig(every=5000),
 )

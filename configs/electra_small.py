@@ -35,6 +35,6 @@ config = Run(
         weight_decay=0.01,
         schedule=ScheduleConfig(shape="linear", warmup=10_000, final=0.0),
     ),
-    evaluation=EvaluationConfig(every=5000, batches=20, prompts=()),
+    evaluation=EvaluationConfig(every=5000, windows=10_240, prompts=()),
     checkpoint=CheckpointConfig(every=5000),
 )

@@ -29,6 +29,6 @@ config = Run(
     data=DataConfig(train=("openwebtext/*.jsonl.gz",), validation_fraction=0.002),
     batch=BatchConfig(size=512, length=1024, microbatches=8),
     optimizer=OptimizerConfig(peak_lr=6e-4, b2=0.95, weight_decay=0.1, schedule=ScheduleConfig(warmup=700, final=0.1)),
-    evaluation=EvaluationConfig(every=500, batches=20),
+    evaluation=EvaluationConfig(every=500, windows=10_240),
     checkpoint=CheckpointConfig(every=1000),
 )

@@ -32,6 +32,6 @@ config = Run(
     batch=BatchConfig(size=512, length=8192, microbatches=4),
     optimizer=OptimizerConfig(peak_lr=3e-4, weight_decay=0.1, schedule=ScheduleConfig(warmup=2000, final=0.01)),
     mesh=MeshConfig(data=1, fsdp=-1),
-    evaluation=EvaluationConfig(every=1000, batches=8),
+    evaluation=EvaluationConfig(every=1000, windows=4096),
     checkpoint=CheckpointConfig(every=500),
 )

@@ -36,6 +36,6 @@ config = Run(
         peak_lr=1.5e-4, eps=1e-5, weight_decay=0.1, schedule=ScheduleConfig(warmup=2000, final=0.1)
     ),
     mesh=MeshConfig(data=1, fsdp=-1, expert=8),
-    evaluation=EvaluationConfig(every=5000, batches=20, prompts=()),
+    evaluation=EvaluationConfig(every=5000, windows=10_240, prompts=()),
     checkpoint=CheckpointConfig(every=5000),
 )

@@ -31,6 +31,6 @@ config = Run(
     optimizer=OptimizerConfig(
         peak_lr=3e-4, weight_decay=0.1, schedule=ScheduleConfig(shape="wsd", warmup=1000, final=0.0)
     ),
-    evaluation=EvaluationConfig(every=1000, batches=20),
+    evaluation=EvaluationConfig(every=1000, windows=10_240),
     checkpoint=CheckpointConfig(every=1000),
 )

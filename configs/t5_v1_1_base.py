@@ -34,6 +34,6 @@ config = Run(
         weight_decay=0.0,
         schedule=ScheduleConfig(shape="inverse_sqrt", warmup=10_000, final=0.0),
     ),
-    evaluation=EvaluationConfig(every=5000, batches=20, prompts=()),
+    evaluation=EvaluationConfig(every=5000, windows=10_240, prompts=()),
     checkpoint=CheckpointConfig(every=5000),
 )

@@ -40,6 +40,6 @@ config = Run(
         schedule=ScheduleConfig(shape="inverse_sqrt", warmup=10_000, final=0.0),
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
-    evaluation=EvaluationConfig(every=5000, batches=20, prompts=()),
+    evaluation=EvaluationConfig(every=5000, windows=10_240, prompts=()),
     checkpoint=CheckpointConfig(every=5000),
 )

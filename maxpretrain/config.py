@@ -142,12 +142,8 @@ class EvaluationConfig:
     """What is measured while training, always on the same validation windows."""
 
     every: int = 250  # steps between evaluations; 0: only at the end
-    batches: int = (
-        0  # at most so many batches, of windows spread over the text (which: by the batch size); 0: all of it
-    )
-    prompts: tuple[str, ...] = (
-        "The ",
-    )  # continued at each evaluation, or their masks or sentinels filled, for the report
+    windows: int = 0  # at most so many, evenly spread over the validation text; 0: all of it
+    prompts: tuple[str, ...] = ("The ",)  # continued, or their masks or sentinels filled, for the report
     sample_tokens: int = 64  # length of such a sample; 0: none
     temperature: float = 0.8  # of such a sample
 
@@ -295,7 +291,7 @@ def validate(run: Run, *, resolved: bool = False) -> None:
     )
     for part, value in (
         ("evaluation.every", run.evaluation.every),
-        ("evaluation.batches", run.evaluation.batches),
+        ("evaluation.windows", run.evaluation.windows),
         ("evaluation.sample_tokens", run.evaluation.sample_tokens),
         ("evaluation.temperature", run.evaluation.temperature),
         ("checkpoint.every", run.checkpoint.every),

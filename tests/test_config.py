@@ -104,7 +104,7 @@ SENTENCES = [
         "data.validation_fraction is 1.0; it must be between 0 and 1, or name data.validation sources",
     ),
     ({"evaluation__every": -1}, "evaluation.every is -1; it must be at least 0"),
-    ({"evaluation__batches": -1}, "evaluation.batches is -1; it must be at least 0"),
+    ({"evaluation__windows": -1}, "evaluation.windows is -1; it must be at least 0"),
     ({"checkpoint__every": -1}, "checkpoint.every is -1; it must be at least 0"),
     ({"log__every": 0}, "log.every is 0; it must be at least 1"),
     ({"checkpoint__keep": 0}, "checkpoint.keep is 0; it must be at least 1"),

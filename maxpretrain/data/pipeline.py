@@ -144,15 +144,15 @@ class EvaluationBatches:
     """The same validation batches each time, in the order of the text.
 
     Windows follow one another so that each token but the first is predicted once; the last one of a store is shorter,
-    and padded; the last batch is filled up with rows of weight 0. Where `batches` limits them, windows evenly spread
-    over the whole text are taken.
+    and padded; the last batch is filled up with rows of weight 0. Where `windows` limits them, they are evenly spread
+    over the whole text. Neither which they are nor what is made of each depends on the batch size.
 
     Args:
         stores: one a source.
         objective: makes the examples, as in `Pipeline`.
         batch_size: rows of a global batch.
         length: of an example, in tokens.
-        batches: at most so many; 0: the whole text.
+        windows: at most so many; 0: the whole text.
         rows: which rows of each global batch to make; None: all.
         allow_short: accept a store that is shorter than one window (but longer than the objective's overlap).
 
@@ -172,7 +172,7 @@ class EvaluationBatches:
         *,
         batch_size: int,
         length: int,
-        batches: int = 0,
+        windows: int = 0,
         rows: range | None = None,
         allow_short: bool = False,
     ):
@@ -192,11 +192,9 @@ class EvaluationBatches:
             source.append(np.full(len(starts), i))
             start.append(starts)
         self._source, self._start = np.concatenate(source), np.concatenate(start)
-        windows = len(self._start)
-        if 0 < batches * batch_size < windows:
-            self._index = np.arange(batches * batch_size) * windows // (batches * batch_size)
-        else:
-            self._index = np.arange(windows)
+        there = len(self._start)
+        taken = min(windows or there, there)
+        self._index = np.arange(taken) * there // taken
         self._length = -(-len(self._index) // batch_size)
         self._batch_size = batch_size
         self.num_tokens, self.num_bytes = self._covered(overlap)

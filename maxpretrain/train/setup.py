@@ -175,7 +175,7 @@ def build(run: Run, prepared: Prepared, origin: RunDirectory | None = None) -> S
         objective.measured(),
         batch_size=part,
         length=run.batch.length,
-        batches=run.evaluation.batches * run.batch.microbatches,
+        windows=run.evaluation.windows,
         rows=layout.local_rows(part),
     )
     evaluator = Evaluator(model, objective, layout, batches, part)

@@ -331,14 +331,22 @@ def test_evaluation_is_the_same_each_time(store):
 
 
 def test_fewer_evaluation_batches_are_spread_over_the_text(store, second):
-    evaluation = EvaluationBatches([store, second], PLAIN, batch_size=2, length=8, batches=3)
+    evaluation = EvaluationBatches([store, second], PLAIN, batch_size=2, length=8, windows=6)
     batches = list(evaluation)
     assert len(batches) == 3
     starts = np.concatenate([b["tokens"][:, 0] for b in batches]).tolist()
     assert starts == [0, 48, 96, 152, 1000, 1048]  # windows 0, 6, 12, 19, 25 and 31 of 38
     # 8 new tokens each, and the first token of each store, which its first window covers.
     assert (evaluation.num_tokens, evaluation.num_bytes) == (50, 50)
-    assert len(EvaluationBatches([store, second], PLAIN, batch_size=2, length=8, batches=100)) == 19
+    assert len(EvaluationBatches([store, second], PLAIN, batch_size=2, length=8, windows=200)) == 19
+
+
+def test_neither_windows_nor_corruptions_depend_on_the_batch_size(store, second):
+    def rows(batch_size):
+        batches = EvaluationBatches([store, second], Drawing(), batch_size=batch_size, length=8, windows=9)
+        return {n: np.concatenate([b[n] for b in batches])[:9] for n in ("tokens", "drawn")}
+
+    same(rows(3), rows(4))
 
 
 def test_bytes_of_part_of_a_text_follow_its_documents(tmp_path):
@@ -348,7 +356,7 @@ def test_bytes_of_part_of_a_text_follow_its_documents(tmp_path):
     store = Store.open(tmp_path / "s")
     assert EvaluationBatches([store], PLAIN, batch_size=1, length=10).num_bytes == 120
     # Windows 0 (tokens 0 to 10) and 2 (new tokens 21 to 30): 11 bytes and 10 · 5 bytes.
-    assert EvaluationBatches([store], PLAIN, batch_size=1, length=10, batches=2).num_bytes == 61
+    assert EvaluationBatches([store], PLAIN, batch_size=1, length=10, windows=2).num_bytes == 61
 
 
 def test_a_text_shorter_than_a_window_is_refused(tmp_path):
