@@ -101,14 +101,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """What keeps the experts of a mixture evenly loaded; without experts it does nothing. The losses are of a microbatch, where a
-    batch has several; the bias goes by the whole batch."""
+    """What keeps the experts of a mixture evenly loaded; without experts it does nothing."""
 
     loss: Literal["none", "switch", "switch_mean", "importance", "importance_mean_square", "sequence"] = (
         "switch_mean"  # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even
     )
     weight: float = 0.01  # of that loss
     z_weight: float = 0.0  # of the mean squared logsumexp of the router's logits; 1e-3 is usual
+    # with batch.microbatches, batch: of all, for which they go through the network once more; microbatch: each by itself
+    over: Literal["batch", "microbatch"] = "batch"  # tokens whose statistics the loss is of
     bias_rate: float = 0.001  # step of the balance bias, where model.moe.balance_bias is on
 
 
@@ -285,9 +286,8 @@ def validate(run: Run, *, resolved: bool = False) -> None:
     _validate_optimizer(run.optimizer)
     _validate_data(run.data)
     require(
-        run.balance.loss != "importance_mean_square" or run.batch.microbatches == 1 or not run.model.moe.num_experts,
-        f'balance.loss "importance_mean_square" grows with the tokens of a microbatch, and batch.microbatches is {run.batch.microbatches}; '
-        'use "importance"',
+        run.balance.loss != "importance_mean_square" or run.balance.over == "batch",
+        'balance.loss "importance_mean_square" grows with the number of tokens; use balance.over "batch", or loss "importance"',
     )
     for part, value in (
         ("evaluation.every", run.evaluation.every),

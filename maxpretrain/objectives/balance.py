@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,41 @@ from maxpretrain.objectives.base import Loss
 STACKS = ("encoder", "decoder", "multi_token")
 
 
-def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
+# Losses that are means over sequences or tokens: those of microbatches average to that of the batch.
+MEANS = ("none", "sequence")
+
+
+class Whole(NamedTuple):
+    """What the experts of a whole batch did, where the loss at hand is of one microbatch.
+
+    Attributes:
+        experts: as `Loss.experts`, summed over the microbatches.
+        weight: float32 [], of the batch.
+    """
+
+    experts: dict[str, jax.Array]
+    weight: jax.Array
+
+
+def needs_whole(config: BalanceConfig, moe: MoEConfig) -> bool:
+    """Whether the balance loss of microbatches is not that of the batch, and the batch's is asked for."""
+    return bool(moe.num_experts and config.weight and config.loss not in MEANS and config.over == "batch")
+
+
+def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig, whole: Whole | None = None) -> Loss:
     """L_task + α·L_balance + c·L_z, means over the layers with experts, and what the monitor shows of the experts.
 
-    Statistics are over all tokens of the batch given, on all devices, without padding; with several microbatches those of a
-    microbatch, weighted by its predictions.
+    Statistics S are over all tokens of the batch, on all devices, without padding. A loss E(Σ S_m) of all microbatches is not
+    the sum of theirs; its gradient is, Σ_m ∇E(S)·∇S_m: so each microbatch adds its own part of that.
 
     Args:
         loss: with `experts` of a network that has some; else it is returned as it is.
+        whole: of the batch that this is a microbatch of; None: the loss is of the batch, or of a microbatch by itself.
 
     Returns:
         The sum grows by the added losses times the weight, so that the mean grows by them. Metrics, besides: "task_loss", the
-        objective's own; "load_balance" and "router_z", the added losses without their factors; "router_entropy", nats; "expert_load" [X], tokens of each expert as a
-        factor of an even share; "expert_load_spread", its coefficient of variation within a layer; "dropped", share of the
+        objective's own; "load_balance" and "router_z", the added losses without their factors; "router_entropy", nats;
+        "expert_load" [X], tokens of each expert as a factor of an even share; "expert_load_spread", its coefficient of variation within a layer; "dropped", share of the
         choices that found no place. `experts` then holds the "load" alone, float32 [L, X].
 
     References: see `nn.router.LOSSES`.
@@ -35,13 +58,18 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
     if "load" not in loss.experts:
         return loss._replace(experts={}) if loss.experts else loss
     said = loss.experts
+    whole = Whole(said, loss.weight) if whole is None else whole
+    at = jax.lax.stop_gradient(whole.experts)
     total, metrics = loss.sum, {**loss.metrics, "task_loss": (loss.sum, loss.weight)}
     with jax.named_scope("balance"):
         for name, kind, factor in (("load_balance", config.loss, config.weight), ("router_z", "z", config.z_weight)):
             if kind == "none" or (kind == "z" and not factor):
                 continue
-            extra = jnp.mean(router.LOSSES[kind](said, moe.top_k))
-            total = total + factor * extra * loss.weight
+            value = partial(_value, kind, moe.top_k)
+            extra, slope = jax.value_and_grad(value)(at)
+            change = jax.tree.map(lambda s, x: jnp.sum(s * (x - jax.lax.stop_gradient(x))), slope, said)  # 0
+            moves = sum(jax.tree.leaves(change), start=jnp.zeros(()))
+            total = total + factor * (extra * loss.weight + moves * whole.weight)
             metrics[name] = (extra * loss.weight, loss.weight)
     tokens = jnp.sum(said["tokens"])
     choices = said["tokens"] * moe.top_k
@@ -50,11 +78,15 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig) -> Loss:
         moe.num_experts * jnp.sum(said["load"], 0),
         jnp.broadcast_to(jnp.sum(choices), (moe.num_experts,)),
     )
-    spread = jnp.sqrt(router.squared_variation(said["load"]))
+    spread = jnp.sqrt(router.squared_variation(at["load"]))
     metrics["expert_load_spread"] = (jnp.mean(spread) * loss.weight, loss.weight)
     if moe.capacity is not None:
         metrics["dropped"] = (jnp.sum(said["dropped"]), jnp.sum(choices))
     return Loss(total, loss.weight, metrics, {"load": said["load"]})
+
+
+def _value(kind: str, top_k: int, statistics: dict[str, jax.Array]) -> jax.Array:
+    return jnp.mean(router.LOSSES[kind](statistics, top_k))
 
 
 def with_updated_bias(params: dict[str, Any], experts: dict[str, jax.Array], config: BalanceConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from maxpretrain.config import BalanceConfig, OptimizerConfig
 from maxpretrain.mesh import constrain
 from maxpretrain.models import Model
 from maxpretrain.objectives import Loss, Objective
-from maxpretrain.objectives.balance import balanced, with_updated_bias
+from maxpretrain.objectives.balance import Whole, balanced, needs_whole, with_updated_bias
 from maxpretrain.optim import clip
 from maxpretrain.train.state import State
 
@@ -40,6 +40,11 @@ def accumulate(
         (_, loss), grads = jax.value_and_grad(total, has_aux=True)(params)
         return loss, grads
 
+    return summed(one, batch, key, microbatches)
+
+
+def summed(one: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Array, microbatches: int) -> Any:
+    """The sum of `one` over the parts of a batch, each with a key of its own; see `accumulate`."""
     if microbatches == 1:
         return one(batch, key)
 
@@ -80,12 +85,21 @@ def make_train_step(
     Dropout draws from a key of (seed, step), so that a resumed run draws the same.
     """
 
+    moe = model.config.moe
+
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state["step"])
+        batch = objective.normalized(batch)
+
+        def experts(batch: Batch, key: jax.Array) -> Whole:
+            loss = objective.loss(model, state["params"], batch, key)
+            return Whole(loss.experts, loss.weight)
+
+        whole = summed(experts, batch, key, microbatches) if microbatches > 1 and needs_whole(balance, moe) else None
         loss, grads = accumulate(
-            lambda params, batch, key: balanced(objective.loss(model, params, batch, key), balance, model.config.moe),
+            lambda params, batch, key: balanced(objective.loss(model, params, batch, key), balance, moe, whole),
             state["params"],
-            objective.normalized(batch),
+            batch,
             key,
             microbatches,
         )
