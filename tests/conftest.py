@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.pop("MAXPRETRAIN_CACHE", None)  # it goes before the caches that the tests ask for
 # The suite compiles hundreds of programs that run for milliseconds: unoptimized code takes a third of the time to make.
 FLAGS = {
     "xla_force_host_platform_device_count": "8",
