@@ -161,10 +161,11 @@ class LoadedRun:
         stream: Stream | None = None,
         suffix: str | Sequence[str] | None = None,
     ) -> list[str]:
-        """Continuations of texts, without the texts; of an encoder-decoder, answers to them; see `maxpretrain.generate.Generator`.
+        """Continuations of texts, without the texts; of an encoder-decoder, or a decoder that learned to (`answers`), answers
+        to them; see `maxpretrain.generate.Generator`.
 
         With a suffix, or one for each prompt, a decoder that learned to fill in the middle makes what comes between.
-        Where all texts for an encoder-decoder have sentinels, the texts themselves, with spans in the place of these.
+        Where all texts to be answered have sentinels, the texts themselves, with spans in the place of these.
         Of an encoder the texts themselves, with tokens in the place of their masks (`maxpretrain.fill.FillMask.filled`), for
         which `max_new_tokens` has no meaning.
         """
@@ -201,11 +202,16 @@ class LoadedRun:
             raise UserError("texts is one text; give a list of them, such as run.fill([text])")
         return self._fill_mask(self.params, texts, top_k)
 
+    @property
+    def answers(self) -> bool:
+        """Whether the network answers a prompt, rather than to go on from it."""
+        return self.config.model.architecture == "encoder-decoder" or self.config.objective.answers
+
     def _spans(self, prompts: Sequence[str]) -> bool:
         """Whether the prompts are texts with spans to fill."""
         from maxpretrain.infill import has_sentinels
 
-        if self.config.model.architecture != "encoder-decoder" or not prompts:
+        if not self.answers or not prompts:
             return False
         return all(has_sentinels(prompt, self._with_tokenizer()) for prompt in prompts)
 
@@ -213,7 +219,8 @@ class LoadedRun:
     def _generator(self) -> Generator:
         from maxpretrain.generate import Generator
 
-        return Generator(self.model, self._with_tokenizer(), both_ways=self.config.objective.both_ways)
+        objective = self.config.objective
+        return Generator(self.model, self._with_tokenizer(), both_ways=objective.both_ways, answers=objective.answers)
 
     @cached_property
     def _fill_mask(self) -> FillMask:

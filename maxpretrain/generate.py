@@ -1,4 +1,4 @@
-"""Continuation of texts by a decoder, and answers to them by an encoder-decoder, with a cache of keys and values."""
+"""Continuations of texts by a decoder, and answers to them, with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class _Row:
     """One prompt and what becomes of it. The cache holds `ids[start:]`, but for the newest.
 
     Args:
-        start_id: what the decoder of an encoder-decoder begins with; None: the network continues the prompt itself.
+        start_id: what the decoder of an encoder-decoder begins with; None: a decoder reads the prompt itself.
         suffix: what comes after the text that is to be made; None: nothing is said of it.
+        answers: a decoder writes an answer after the prompt and eos, rather than to go on from it.
 
     Attributes:
         source: what the encoder reads; the prompt and eos.
@@ -39,13 +40,24 @@ class _Row:
         whole: its beginning cannot be left behind, so it ends where the cache does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, start_id: int | None = None, suffix: str | None = None):
-        # What an encoder reads may have sentinels and modes, by their names.
-        ids: list[int] = (tokenizer.encode if start_id is None else tokenizer.encode_marked)(prompt).tolist()
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str,
+        start_id: int | None = None,
+        suffix: str | None = None,
+        *,
+        answers: bool = False,
+    ):
+        answers = answers or start_id is not None
+        # Inputs that are answered may have sentinels and modes, by their names.
+        ids: list[int] = (tokenizer.encode_marked if answers else tokenizer.encode)(prompt).tolist()
+        if answers and tokenizer.eos_id is not None:
+            ids.append(tokenizer.eos_id)
         self.source: list[int] = []
         if start_id is not None:
-            self.source, ids = (ids if tokenizer.eos_id is None else [*ids, tokenizer.eos_id]), []
-        self.whole = suffix is not None
+            self.source, ids = ids, []
+        self.whole = suffix is not None or (answers and start_id is None)
         if suffix is not None:  # prefix, suffix, middle: Bavarian et al. 2022, arXiv:2207.14255, §3
             pre, suf, mid = fim_ids(tokenizer)
             ids = [pre, *ids, suf, *tokenizer.encode(suffix).tolist(), mid]
@@ -55,7 +67,9 @@ class _Row:
         self.parts: list[str] = []
         self._queue: deque[int] = deque()
         self._text = tokenizer.stream(self._arriving())
-        for i in self.ids:  # some tokenizers treat the beginning of a text differently from its middle
+        for i in (
+            () if answers else self.ids
+        ):  # some tokenizers treat the beginning of a text differently from its middle
             self._push(i)
         if not self.ids:
             own = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -190,12 +204,13 @@ class Generator:
             layers, which compiles fastest) is chosen apart from how it is trained.
         tokenizer: the one it was trained with.
         both_ways: a decoder's prompt is read in both directions, as a prefix language model learns to.
+        answers: a decoder writes an answer after the prompt and eos, as one does that learned to answer in one row.
 
     Raises:
         UserError: the tokenizer has ids that the model has not.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, both_ways: bool = False):
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, both_ways: bool = False, answers: bool = False):
         size = model.config.vocab_size
         if size is None or tokenizer.vocab_size > size:
             raise UserError(
@@ -204,6 +219,7 @@ class Generator:
         self._model = build(model.config, dataclasses.replace(model.execution, scan=True, remat="none"))
         self.tokenizer = tokenizer
         self._both_ways = both_ways and model.config.architecture == "decoder"
+        self._answers = answers and model.config.architecture == "decoder"
         self._programs: dict[NamedSharding | None, Programs] = {}
 
     def __call__(
@@ -272,11 +288,14 @@ class Generator:
         if suffixes is not None:
             self._check_suffixes(prompts, suffixes)
         given = itertools.repeat(None) if suffixes is None else suffixes
-        rows = [_Row(tokenizer, *row) for row in zip(prompts, itertools.repeat(self._start_id), given, strict=False)]
+        rows = [
+            _Row(tokenizer, prompt, self._start_id, suffix, answers=self._answers)
+            for prompt, suffix in zip(prompts, given, strict=False)
+        ]
         for index, row in enumerate(rows):
             if row.whole and self._bounded and len(row.ids) > self._model.config.max_length:
                 raise UserError(
-                    f"prompt {index} and its suffix have {len(row.ids)} tokens, and the model positions for "
+                    f"prompt {index}{' and its suffix have' if suffixes else ' has'} {len(row.ids)} tokens, and the model positions for "
                     f"{self._model.config.max_length}; shorten them"
                 )
         if not rows or max_new_tokens == 0:

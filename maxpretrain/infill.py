@@ -1,4 +1,4 @@
-"""What an encoder-decoder puts in the place of sentinels in a text, as span corruption teaches it."""
+"""What a network puts in the place of sentinels in a text, as span corruption teaches it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fill_spans(generator: Generator, params: Any, prompts: Sequence[str], **how:
     """The texts with spans in the place of their sentinels; a sentinel that the answer passes over stays.
 
     Args:
-        generator: of an encoder-decoder.
+        generator: of a network that answers.
         params: of its model.
         prompts: texts with sentinels by their names: `Paris is the <extra_id_0> of France.`
         how: as `Generator` takes it; `max_new_tokens` bounds all spans of a text together.

@@ -263,8 +263,7 @@ def _generate(options: argparse.Namespace) -> int:
     if architecture == "encoder":
         _show_filled(options.prompt, run.generate(options.prompt, **how), run.fill(options.prompt), options.json)
         return 0
-    # What a decoder makes goes on from the prompt, what an encoder-decoder makes answers it.
-    shown = options.prompt if architecture == "decoder" else [""] * len(options.prompt)
+    shown = [""] * len(options.prompt) if run.answers else options.prompt  # a continuation comes after its prompt
     streams = len(options.prompt) == 1 and not options.json
     if streams:
         print(shown[0], end="", flush=True)

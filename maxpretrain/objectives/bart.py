@@ -62,11 +62,11 @@ class BART(Seq2Seq):
                 "objective.infill and objective.mask to 0"
             )
 
-    def raw_length(self, length: int) -> int:
-        return max(1, length - 2)
+    def text_length(self, inputs: int) -> int:
+        return max(1, inputs - 2)
 
-    def target_length(self, length: int) -> int:
-        return self.raw_length(length) + 2
+    def answer_length(self, inputs: int) -> int:
+        return self.text_length(inputs) + 2
 
     def corrupted(
         self, text: np.ndarray, documents: np.ndarray, rng: np.random.Generator

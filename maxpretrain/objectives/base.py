@@ -66,6 +66,7 @@ class Objective:
         whole_text: the loss is of every token of the text, so that it gives bits per byte.
         partner: `example` takes a second window, from another document, as `partner`.
         both_ways: a decoder learns to read a prompt in both directions.
+        answers: a decoder learns to write an answer after a prompt and eos, rather than to go on from it.
     """
 
     overlap: ClassVar[int] = 0
@@ -75,6 +76,7 @@ class Objective:
     whole_text: ClassVar[bool] = False
     partner: ClassVar[bool] = False
     both_ways: ClassVar[bool] = False
+    answers: ClassVar[bool] = False
     bound: ClassVar[Any] = None  # a Vocabulary, once it knows its tokens
 
     def validate(self, run: Run) -> None:

@@ -179,17 +179,31 @@ def chunked_cross_entropy(
 
 
 def label_loss(
-    model: Any, params: Any, output: Any, batch: dict[str, jax.Array], *, label_smoothing: float, z_loss: float
+    model: Any,
+    params: Any,
+    output: Any,
+    batch: dict[str, jax.Array],
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    groups: dict[str, jax.Array] | None = None,
 ) -> Loss:
-    """The loss of a batch with "labels" and "weights" [B, T] for the hidden states of a network's `output`.
+    """The loss of a batch with "labels" and "weights" [B, U], of all hidden states of a network's `output` or of "places" [B, U].
 
-    Metrics: "accuracy"; "cross_entropy" where smoothing or z-loss make the loss another.
+    Args:
+        groups: name -> bool [B], rows whose cross entropy is a metric of its own.
+
+    Returns:
+        With metrics "accuracy"; "cross_entropy" where smoothing or z-loss make the loss another; "loss_<name>" of groups.
     """
-    labels, weights = batch["labels"], batch["weights"]
+    hidden = gathered(output.hidden, batch["places"]) if "places" in batch else output.hidden
     how = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    total, sums = token_cross_entropy(model, params, output.hidden, labels, weights, **how)
-    weight = weights.sum()
+    total, sums = token_cross_entropy(model, params, hidden, batch["labels"], batch["weights"], **how)
+    rows = batch["weights"].sum(-1)
+    weight = rows.sum()
     metrics = {"accuracy": (sums["correct"].sum(), weight)}
     if label_smoothing or z_loss:
         metrics["cross_entropy"] = (sums["nll"].sum(), weight)
+    for name, here in (groups or {}).items():
+        metrics[f"loss_{name}"] = (jnp.where(here, sums["nll"], 0.0).sum(), jnp.where(here, rows, 0.0).sum())
     return Loss(total, weight, metrics, output.aux)

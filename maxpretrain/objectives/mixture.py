@@ -13,22 +13,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from maxpretrain.errors import UserError
 from maxpretrain.lazy import lazy
 from maxpretrain.objectives.base import Fields, Loss, Objective, Work
-from maxpretrain.objectives.seq2seq import decoded
+from maxpretrain.objectives.seq2seq import OPTIONAL, forward
 
 if TYPE_CHECKING:  # pragma: no cover
     import jax
     import numpy as np
 
     from maxpretrain.config import ModelConfig, Run
-    from maxpretrain.models import Output
     from maxpretrain.vocabulary import Vocabulary
 else:
     np = lazy("numpy")
 
-# What a batch may hold whose loss is the cross entropy of labels under one language model. A member may lack what is
-# optional where others have it: zeros say the same.
-PLAIN = {"tokens", "segments", "positions", "places", "decoder_segments", "labels", "weights"}
-OPTIONAL = {"prefix", "token_types"}
+# What a batch may hold whose loss is the cross entropy of labels under one language model.
+PLAIN = {"tokens", "segments", "positions", "places", "decoder_segments", "labels", "weights", *OPTIONAL}
+# What a member means that lacks a field which others have; of the optional ones zeros, which come by themselves.
+MEANT = {
+    "segments": lambda row: np.ones_like(row["tokens"]),
+    "positions": lambda row: np.arange(len(row["tokens"]), dtype=np.int32),
+    "places": lambda row: np.arange(len(row["labels"]), dtype=np.int32),
+}
 
 
 class Mixed(Objective):
@@ -80,6 +83,14 @@ class Mixed(Objective):
     def whole_text(self) -> bool:  # type: ignore[override]
         return all(part.whole_text for part in self.parts)
 
+    @property
+    def both_ways(self) -> bool:  # type: ignore[override]
+        return all(part.both_ways for part in self.parts)
+
+    @property
+    def answers(self) -> bool:  # type: ignore[override]
+        return all(part.answers for part in self.parts)
+
     def validate(self, run: Run) -> None:
         super().validate(run)
         for number, part in enumerate(self.parts):
@@ -97,7 +108,7 @@ class Mixed(Objective):
         first, *others = self.parts
         for part in self.parts:
             name, fields = type(part).__name__, part.fields(length)
-            if unknown := [n for n in fields if n not in PLAIN | OPTIONAL]:
+            if unknown := [n for n in fields if n not in PLAIN]:
                 raise UserError(
                     f"objective {type(self).__name__} mixes losses that are the cross entropy of labels; {name} also "
                     f"reads {unknown[0]}, so train it alone"
@@ -111,14 +122,8 @@ class Mixed(Objective):
                     f"objective {type(self).__name__} mixes losses of one language model; {name} needs more of its "
                     "network, so train it alone"
                 )
-        plain = lambda part: PLAIN & part.fields(length).keys()  # noqa: E731
         for part in others:
             pair = f"{type(first).__name__} and {type(part).__name__}"
-            if differing := sorted(plain(first) ^ plain(part)):
-                raise UserError(
-                    f"objective {type(self).__name__} cannot mix {pair}: one has {', '.join(differing)} and the other not; "
-                    "mix objectives of the same kind, with the same mask_documents"
-                )
             for name, value in _regularization(part).items():
                 if (other := _regularization(first)[name]) != value:
                     raise UserError(
@@ -145,6 +150,8 @@ class Mixed(Objective):
             for name, (shape, dtype) in member.fields(length).items():
                 other = fields.get(name, (shape, dtype))[0]
                 fields[name] = (tuple(map(max, shape, other)), dtype)
+        for name in fields.keys() & MEANT:
+            fields[name] = fields["labels" if name == "places" else "tokens"]
         return fields | {self.which: ((), "int32")}
 
     def work(self, model: ModelConfig, length: int) -> list[Work]:
@@ -169,7 +176,14 @@ class Mixed(Objective):
             if segments is not None:
                 segments = segments[first : first + needed]
                 segments = np.where(segments > 0, segments - (segments[0] - 1), 0).astype(np.int32)
-        return self.members[number].example(tokens, rng, segments) | {self.which: np.array(number, np.int32)}
+        row = self.members[number].example(tokens, rng, segments)
+        row |= {name: meant(row) for name, meant in MEANT.items() if name in self._names - row.keys()}
+        return row | {self.which: np.array(number, np.int32)}
+
+    @cached_property
+    def _names(self) -> set[str]:
+        """Fields that some member has, which does not depend on the length."""
+        return set().union(*(part.fields(1024) for part in self.parts))
 
     @cached_property
     def _known(self) -> dict[int, tuple[int, ...]]:
@@ -192,41 +206,19 @@ class Mixed(Objective):
         """Metrics: "accuracy", and "loss_<name>", the cross entropy of the rows of each member."""
         import jax.numpy as jnp
 
-        from maxpretrain.objectives.cross_entropy import gathered, token_cross_entropy
+        from maxpretrain.objectives.cross_entropy import label_loss
 
-        regularization = _regularization(self.parts[0])
         output = forward(model, params, batch, key)
-        total, sums = token_cross_entropy(
-            model,
-            params,
-            gathered(output.hidden, batch["places"]) if "places" in batch else output.hidden,
-            batch["labels"],
-            batch["weights"],
-            **regularization,
-        )
-        rows = batch["weights"].sum(-1)
-        weight = rows.sum()
-        metrics = {"accuracy": (sums["correct"].sum(), weight)}
-        if any(regularization.values()):
-            metrics["cross_entropy"] = (sums["nll"].sum(), weight)
+        groups = {}
         for name in dict.fromkeys(self.titles):
             its = jnp.asarray([number for number, other in enumerate(self.titles) if other == name], jnp.int32)
-            here = (batch[self.which][:, None] == its[None]).any(-1)
-            metrics[f"loss_{name}"] = tuple(jnp.where(here, x, 0.0).sum() for x in (sums["nll"], rows))
-        return Loss(total, weight, metrics, output.aux)
+            groups[name] = (batch[self.which][:, None] == its[None]).any(-1)
+        return label_loss(model, params, output, batch, **_regularization(self.parts[0]), groups=groups)
 
 
 def _regularization(objective: Objective) -> dict[str, float]:
     """What it adds to the cross entropy, where it has such fields."""
     return {name: getattr(objective, name, 0.0) for name in ("label_smoothing", "z_loss")}
-
-
-def forward(model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Output:
-    """The forward pass of a batch of any of the three networks."""
-    if "decoder_segments" in batch:
-        return decoded(model, params, batch, key)
-    more = {name: batch[name] for name in OPTIONAL if name in batch}
-    return model.apply(params, batch["tokens"], batch.get("positions"), batch.get("segments"), key, **more)
 
 
 def require_shares(shares: tuple[float, ...], count: int, name: str, *, zeros: bool = False) -> None:

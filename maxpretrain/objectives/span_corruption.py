@@ -102,15 +102,15 @@ class SpanCorruption(Seq2Seq):
             raw -= 1
         return raw
 
-    def raw_length(self, length: int) -> int:
-        """The most tokens whose inputs fit in `length`; at density .5 one less where the targets would be the longer."""
-        most = range(2, int((length + 2) / (1 - self.density)) + 3)
-        raw = 1 + bisect.bisect_right(most, length, key=lambda n: self.published(n).inputs)
+    def text_length(self, inputs: int) -> int:
+        """The most tokens whose inputs fit; at density .5 one less where the targets would be the longer."""
+        most = range(2, int((inputs + 2) / (1 - self.density)) + 3)
+        raw = 1 + bisect.bisect_right(most, inputs, key=lambda n: self.published(n).inputs)
         found = self.published(raw)
         return max(1, raw - (self.density == 0.5 and found.targets > found.inputs))
 
-    def target_length(self, length: int) -> int:
-        return self.published(self.raw_length(length)).targets
+    def answer_length(self, inputs: int) -> int:
+        return self.published(self.text_length(inputs)).targets
 
     def spans(self, length: int) -> int:
         """Sentinels that inputs of `length` need."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from maxpretrain.errors import UserError
 from maxpretrain.lazy import lazy
@@ -56,8 +56,8 @@ class Denoiser(SpanCorruption):
         counts = super().counts(raw)
         return counts._replace(spans=0) if self.kind == "s" else counts
 
-    def raw_length(self, length: int) -> int:
-        return super().raw_length(length - self.mode_tokens)
+    def text_length(self, inputs: int) -> int:
+        return super().text_length(inputs - self.mode_tokens)
 
     def corrupted(
         self, text: np.ndarray, documents: np.ndarray, rng: np.random.Generator
@@ -87,16 +87,19 @@ class UL2(Mixed):
     weights: tuple[float, ...] = ()  # shares of R3 R8 X3 X8 X64-15% X64-50% S; they add up to 1; empty: equal
     mode_tokens: bool = True  # the inputs begin with a mode token
     num_sentinels: int = 128  # sentinels of a tokenizer that is trained for it; 128 serve batch.length 512
+    # how a decoder alone reads inputs: prefix, in both directions; causal; none: there is an encoder
+    decoder_format: Literal["none", "prefix", "causal"] = "none"
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     z_loss: float = 0.0  # weight of log²Z, which keeps the normalizer near 1; 1e-4 is usual
 
     which: ClassVar[str] = "denoiser"
-    architectures: ClassVar[tuple[str, ...]] = ("encoder-decoder",)
+    architectures: ClassVar[tuple[str, ...]] = ("decoder", "encoder-decoder")
     heads: ClassVar[tuple[str, ...]] = ("lm",)
 
     @property
     def parts(self) -> tuple[Denoiser, ...]:
-        same = {name: getattr(self, name) for name in ("mode_tokens", "num_sentinels", "label_smoothing", "z_loss")}
+        names = ("mode_tokens", "num_sentinels", "decoder_format", "label_smoothing", "z_loss")
+        same = {name: getattr(self, name) for name in names}
         return tuple(
             Denoiser(kind=kind, mean_span=span or 1.0, density=density, **same) for kind, span, density in DENOISERS
         )

@@ -98,10 +98,8 @@ class Trainer:
         self.sinks, self.checkpoints, self.console, self.ledger = sinks, checkpoints, console, ledger
         self.identity, self.check_owner = identity, check_owner
         self.session_start = time.perf_counter() - seconds_before
-        both_ways = self.run.objective.both_ways
-        self.sampler = Sampler(
-            setup.model, setup.prepared.tokenizer, self.run.evaluation, self.run.seed, both_ways=both_ways
-        )
+        tokenizer = setup.prepared.tokenizer
+        self.sampler = Sampler(setup.model, tokenizer, self.run.evaluation, self.run.seed, self.run.objective)
         self.skipped_in_a_row = 0
         self.evaluated: tuple[int, dict[str, float]] = (-1, {})
         self.saved = start if start else -1

@@ -10,34 +10,33 @@ from maxpretrain.fill import FillMask
 from maxpretrain.generate import Generator
 from maxpretrain.infill import fill_spans, has_sentinels
 from maxpretrain.models import Model
+from maxpretrain.objectives import Objective
 from maxpretrain.vocabulary import MASKS
 
 
 class Sampler:
-    """Continues prompts (decoder), answers them or fills their sentinels (encoder-decoder), fills their masks (encoder).
+    """Continues prompts, answers them or fills their sentinels (decoders and encoder-decoders), fills their masks (encoder).
 
     Args:
         model: the network; one without a language model head says nothing, nor does an encoder to a prompt without a mask.
         tokenizer: the one it is trained with.
         config: prompts, length and temperature.
         seed: of the draws.
-        both_ways: see `Generator`.
+        objective: what it is trained for, which says how a decoder reads a prompt.
     """
 
-    def __init__(
-        self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int, *, both_ways: bool = False
-    ):
+    def __init__(self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int, objective: Objective):
         self._config, self._seed, self._tokenizer = config, seed, tokenizer
-        self._architecture = model.config.architecture
+        self._answers = model.config.architecture == "encoder-decoder" or objective.answers
         self._prompts = config.prompts if config.sample_tokens and "lm" in model.config.heads else ()
         self._generator: Generator | None = None
         self._fill: FillMask | None = None
-        if self._architecture == "encoder":
+        if model.config.architecture == "encoder":
             masks = any(tokenizer.id_of(name) is not None for name in MASKS)
             self._prompts = tuple(p for p in self._prompts if masks and any(name in p for name in MASKS))
             self._fill = FillMask(model, tokenizer) if self._prompts else None
         else:
-            self._generator = Generator(model, tokenizer, both_ways=both_ways)
+            self._generator = Generator(model, tokenizer, both_ways=objective.both_ways, answers=objective.answers)
 
     def __call__(self, params: Any) -> list[tuple[str, str]]:
         """(prompt, what follows it) for each prompt; a text that was filled in follows an arrow."""
@@ -48,9 +47,8 @@ class Sampler:
             return [(p, f" → {text}") for p, text in zip(prompts, self._fill.filled(params, prompts), strict=True)]
         assert self._generator is not None
         how: dict[str, Any] = {"max_new_tokens": config.sample_tokens, "seed": self._seed}
-        answers = self._architecture == "encoder-decoder"
-        if answers and all(has_sentinels(p, self._tokenizer) for p in prompts):
+        if self._answers and all(has_sentinels(p, self._tokenizer) for p in prompts):
             texts = fill_spans(self._generator, params, prompts, **how)
         else:
             texts = self._generator(params, prompts, temperature=config.temperature, **how)
-        return [(p, f" → {text}" if answers else text) for p, text in zip(prompts, texts, strict=True)]
+        return [(p, f" → {text}" if self._answers else text) for p, text in zip(prompts, texts, strict=True)]

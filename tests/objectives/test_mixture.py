@@ -294,10 +294,6 @@ def test_the_config_comes_back_and_takes_flags():
             r"^objective Mixture mixes BART and SpanCorruption with z_loss 0 and 0\.1; give all members the same$",
         ),
         (
-            run(CLM(), CLM(mask_documents=False), model=DECODER),
-            "^objective Mixture cannot mix CLM and CLM: one has positions, segments and the other not; mix objectives of",
-        ),
-        (
             run(MLM(), SpanBERT(), model=dataclasses.replace(ENCODER, heads=("lm", "span_boundary"))),
             "^objective Mixture mixes losses that are the cross entropy of labels; SpanBERT also reads left, so train it",
         ),

@@ -380,7 +380,7 @@ def run(length=64, tokenizer=None, model=None, **fields):
         ({"model": {"decoder_start_id": None}}, "^model.decoder_start_id is None; set it to the id"),
         (
             {"model": {"architecture": "decoder"}},
-            "^objective SpanCorruption needs an encoder-decoder; model.architecture is decoder$",
+            "^objective SpanCorruption on a decoder needs an input format; ",
         ),
         (
             {"model": {"position": "learned"}, "density": 0.7},

@@ -227,7 +227,7 @@ def test_the_config_comes_back():
         ),
         (
             {"model": {"architecture": "decoder"}},
-            "^objective UL2 needs an encoder-decoder; model.architecture is decoder$",
+            "^objective UL2 on a decoder needs an input format; ",
         ),
     ],
 )
