@@ -5,8 +5,8 @@
 Hardware: v5p-2048 and up, by the plan's estimate.
 Hours: `maxpretrain plan deepseek_v3 --target v5p-2048` tells for yours. Expected loss: not measured here.
 Paper: DeepSeek-AI 2024, arXiv:2412.19437, §4.2: 14.8 trillion tokens at length 4,096; 2.2e-4 after 2,000 steps, held, then down to a tenth
-by cosine (here held and then lowered by the wsd schedule); bias step 0.001, sequence loss 1e-4, λ 0.3; the paper has 0.1 in the
-last third, which is not done here.
+by cosine (here held and then lowered by the wsd schedule); bias step 0.001, sequence loss 1e-4, λ 0.3 for 10 trillion tokens and
+0.1 for the rest.
 The paper's batch grows from 3,072 to 15,360 sequences; here it is 15,360.
 """
 
@@ -30,7 +30,7 @@ config = Run(
     name="deepseek-v3",
     steps=235_000,
     model=PRESETS["deepseek-v3"],
-    objective=MultiToken(form="sequential", depth=1, weight=0.3),
+    objective=MultiToken(form="sequential", depth=1, weight=0.1, schedule=((159_000, 0.3), (159_001, 0.1))),
     balance=BalanceConfig(loss="sequence", weight=1e-4, bias_rate=0.001),
     tokenizer=TokenizerConfig(kind="huggingface", path="tokenizer.json"),
     data=DataConfig(train=("text/*.parquet",), validation_fraction=0.0005),

@@ -91,14 +91,11 @@ def flops_per_token(
 
 def training_flops(objective: Objective, model: ModelConfig, length: int, causal: bool) -> float:
     """`flops_per_token` of an objective's examples of `length`, over all networks that they go through."""
-    return sum(
-        flops_per_token(
-            work.model, work.length, causal, decoder_length=work.decoder_length, predictions=work.predictions
-        )
-        * work.length
-        / length
-        for work in objective.work(model, length)
-    )
+    total = 0.0
+    for work in objective.work(model, length):
+        sizes = {"decoder_length": work.decoder_length, "predictions": work.predictions}
+        total += (flops_per_token(work.model, work.length, causal, **sizes) + 6 * work.extra) * work.length / length
+    return total
 
 
 @dataclasses.dataclass(frozen=True)

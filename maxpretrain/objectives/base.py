@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from maxpretrain.errors import UserError
@@ -44,12 +45,20 @@ class Work(NamedTuple):
         length: tokens of the example; of an encoder-decoder those of the encoder.
         decoder_length: tokens of the decoder, where there are two stacks.
         predictions: places whose logits are computed.
+        extra: elements of matrices outside the model that every token goes through.
     """
 
     model: ModelConfig
     length: int
     decoder_length: int
     predictions: int
+    extra: int = 0
+
+
+def require_rising(steps: list[int], name: str) -> None:
+    """Raises UserError where the steps of a schedule do not rise from 0 or later."""
+    if any(b <= a for a, b in itertools.pairwise(steps)) or any(step < 0 for step in steps):
+        raise UserError(f"{name} has the steps {steps}; they must be at least 0, and rise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,9 +177,12 @@ class Objective:
         """
         raise NotImplementedError
 
-    def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def normalized(self, batch: dict[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
         """The whole batch, before it is cut into microbatches: where a loss of several means needs the number of predictions of
         each beforehand, to be one sum over all rows. Device side, pure.
+
+        Args:
+            step: int32 [], updates so far, for weights that change along the run; None in evaluation, where they do not.
         """
         return batch
 

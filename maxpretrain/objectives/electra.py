@@ -136,7 +136,7 @@ class ELECTRA(masking.Masked):
         row |= masking.predictions(original, places) | {"seeds": seeds}
         return masking.filled(row, self.fields(len(tokens) - self.raw_length(0)))  # raw_length adds a constant
 
-    def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def normalized(self, batch: dict[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
         """Adds "mlm_scale" [B], tokens by masked ones: the sum of both losses divided by the tokens has then both means in it."""
         real = (batch["segments"] > 0).astype("float32")
         return batch | {"mlm_scale": masking.scale(real, batch["weights"])}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from maxpretrain.errors import UserError
 from maxpretrain.lazy import lazy
-from maxpretrain.objectives.base import Fields, Loss, Objective, Work
+from maxpretrain.objectives.base import Fields, Loss, Objective, Work, require_rising
 from maxpretrain.objectives.seq2seq import OPTIONAL, forward
 
 if TYPE_CHECKING:  # pragma: no cover
@@ -275,9 +275,7 @@ class Mixture(Mixed):
             require_shares(self.weights, count, "objective.weights")
         for number, (_, shares) in enumerate(self.schedule):
             require_shares(shares, count, f"objective.schedule[{number}]'s weights", zeros=True)
-        steps = [step for step, _ in self.schedule]
-        if any(b <= a for a, b in itertools.pairwise(steps)) or any(step < 0 for step in steps):
-            raise UserError(f"objective.schedule has the steps {steps}; they must be at least 0, and rise")
+        require_rising([step for step, _ in self.schedule], "objective.schedule")
         if self.names and len(self.names) != count:
             raise UserError(f"objective.names has {len(self.names)} names for {count} objectives; give one each")
         super().validate(run)

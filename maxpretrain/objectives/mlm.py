@@ -182,7 +182,7 @@ class MLM(Masked):
         count += int(rng.random() < self.rate * length - count)
         return count if self.max_predictions is None else min(count, self.max_predictions)
 
-    def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def normalized(self, batch: dict[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
         if self.pair == "none":
             return batch
         import jax.numpy as jnp

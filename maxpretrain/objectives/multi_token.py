@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from maxpretrain.errors import UserError
 from maxpretrain.lazy import lazy
-from maxpretrain.objectives.base import Fields, Loss, Work
+from maxpretrain.objectives.base import Fields, Loss, Work, require_rising
 from maxpretrain.objectives.clm import CLM
 
 if TYPE_CHECKING:  # pragma: no cover
@@ -39,7 +39,9 @@ class MultiToken(CLM):
 
     form: Literal["parallel", "sequential"] = "parallel"  # heads side by side (Meta) or one after another (DeepSeek-V3)
     depth: int = 3  # tokens that are predicted after the next one; Meta's n is depth + 1
-    weight: float = 0.3  # of the mean of the further losses, in the sequential form; DeepSeek-V3 ends with 0.1
+    weight: float = 0.3  # of the mean of the further losses, in the sequential form; evaluation's too
+    # ((step, weight), …), rising: linear in between, constant before the first and after the last.
+    schedule: tuple[tuple[int, float], ...] = ()  # training's weight by step; empty: `weight` all along
 
     def validate(self, run: Run) -> None:
         super().validate(run)
@@ -52,6 +54,13 @@ class MultiToken(CLM):
             )
         if self.weight <= 0:
             raise UserError(f"objective.weight is {self.weight}; it must be above 0")
+        if self.schedule and self.form == "parallel":
+            raise UserError(
+                "objective.schedule is of the weight in the sequential form; the parallel form has none, so leave it out"
+            )
+        require_rising([step for step, _ in self.schedule], "objective.schedule")
+        if any(not weight > 0 or math.isinf(weight) for _, weight in self.schedule):
+            raise UserError(f"objective.schedule is {self.schedule}; its weights must be above 0")
 
     @property
     def overlap(self) -> int:  # type: ignore[override]
@@ -91,11 +100,12 @@ class MultiToken(CLM):
         return batch
 
     def work(self, model: ModelConfig, length: int) -> list[Work]:
-        """The network, and a layer with all logits for each further token (the sequential projections left out)."""
+        """The network, and for each further token a layer with all logits, and in the sequential form a projection [2·D, D]."""
         from maxpretrain.models.multi_token import layer_config
 
         (main,) = super().work(model, length)
-        return [main, *[main._replace(model=layer_config(model))] * self.depth]
+        extra = 2 * model.model_dim**2 if self.form == "sequential" else 0
+        return [main, *[main._replace(model=layer_config(model), extra=extra)] * self.depth]
 
     def build(self, config: ModelConfig, execution: Execution | None = None) -> Model:
         if not self.depth:
@@ -105,12 +115,18 @@ class MultiToken(CLM):
 
         return MultiTokenModel(config, execution or Execution(), form=self.form, depth=self.depth)
 
-    @property
-    def _factor(self) -> float:
+    def _factor(self, step: jax.Array | None = None) -> Any:
         """Of each further loss."""
-        return 1.0 if self.form == "parallel" else self.weight / self.depth
+        import jax.numpy as jnp
 
-    def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if self.form == "parallel":
+            return 1.0
+        if step is None or not self.schedule:
+            return self.weight / self.depth
+        steps, weights = (jnp.asarray(values, jnp.float32) for values in zip(*self.schedule, strict=True))
+        return jnp.interp(step.astype(jnp.float32), steps, weights) / self.depth
+
+    def normalized(self, batch: dict[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
         """The batch with "further_scales" float32 [B, depth]: what makes a sum over further labels count as their mean,
         w times, once the whole is divided by the number of labels of the next token.
         """
@@ -120,12 +136,12 @@ class MultiToken(CLM):
             return batch
         weights = batch["further_weights"]
         counts = jnp.sum(weights, (0, 2))
-        scales = jnp.where(counts > 0, self._factor * jnp.sum(batch["weights"]) / jnp.maximum(counts, 1.0), 0.0)
+        scales = jnp.where(counts > 0, self._factor(step) * jnp.sum(batch["weights"]) / jnp.maximum(counts, 1.0), 0.0)
         return batch | {"further_scales": jnp.broadcast_to(scales[None], weights.shape[:2])}
 
     def combined(self, means: dict[str, float]) -> float:
         further = [means[f"loss_depth_{k}"] for k in range(2, self.depth + 2)]
-        return means["cross_entropy"] + sum(self._factor * mean for mean in further if not math.isnan(mean))
+        return means["cross_entropy"] + sum(self._factor() * mean for mean in further if not math.isnan(mean))
 
     def loss(self, model: Any, params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Loss:
         """The loss; metrics "accuracy" and "cross_entropy" of the next token, and "loss_depth_2", … of further ones."""

@@ -145,7 +145,7 @@ class SpanBERT(Masked):
         sizes = 1 + np.searchsorted(np.cumsum(self.span_shares())[:-1], rng.random(count), "right")
         return zip(rng.integers(anchors, size=count).tolist(), sizes.tolist(), strict=True)
 
-    def normalized(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def normalized(self, batch: dict[str, jax.Array], step: jax.Array | None = None) -> dict[str, jax.Array]:
         return batch | {"span_scale": masking.scale(batch["weights"], batch["span_weights"])}
 
     def combined(self, means: dict[str, float]) -> float:

@@ -89,7 +89,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state["step"])
-        batch = objective.normalized(batch)
+        batch = objective.normalized(batch, state["step"])
 
         def experts(batch: Batch, key: jax.Array) -> Whole:
             loss = objective.loss(model, state["params"], batch, key)

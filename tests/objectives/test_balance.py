@@ -121,7 +121,7 @@ def test_statistics_are_of_the_global_batch():
     assert one["expert_load"].mean() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", ["switch", "importance", "importance_mean_square"])
+@pytest.mark.parametrize("kind", ["switch", "importance_mean_square"])
 def test_microbatches_balance_the_whole_batch(kind):
     # So heavy that the third loss would be another, were the statistics those of two sequences.
     balance = BalanceConfig(loss=kind, weight=0.01 if kind == "importance_mean_square" else 1.0, bias_rate=0.01)
@@ -130,5 +130,7 @@ def test_microbatches_balance_the_whole_batch(kind):
     np.testing.assert_array_equal(bias, bias_of_parts)
     for name in ("loss", "total_loss", "load_balance", "expert_load", "expert_load_spread", "grad_norm"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
+    if kind != "switch":
+        return  # refused by the config, as it grows with the tokens
     alone, _ = train({}, 1, balance=dataclasses.replace(balance, over="microbatch"), microbatches=4)
     assert abs(float(alone["grad_norm"]) / float(whole["grad_norm"]) - 1) > 1e-3

@@ -109,7 +109,7 @@ def test_lengths_of_one_row():
     counts = row.counts(465)
     assert (counts.inputs, counts.targets) == (419, 94)
     assert SpanCorruption().input_length(512) == 512
-    assert [tuple(w[1:]) for w in row.work(MODEL, 512)] == [(512, 0, 94)]
+    assert [tuple(w[1:4]) for w in row.work(MODEL, 512)] == [(512, 0, 94)]
     both, causal = row.fields(512), SpanCorruption(decoder_format="causal").fields(512)
     assert both == causal | {"prefix": ((512,), "bool")}
     assert causal["places"] == causal["labels"] == ((94,), "int32")

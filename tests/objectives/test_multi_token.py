@@ -9,17 +9,29 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from maxpretrain.config import BatchConfig, MeshConfig, ModelConfig, MoEConfig, Run, TokenizerConfig, validate
+from maxpretrain.config import (
+    BatchConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    Run,
+    TokenizerConfig,
+    validate,
+)
 from maxpretrain.errors import UserError
 from maxpretrain.fingerprint import named_leaves
 from maxpretrain.mesh import make_layout, use
 from maxpretrain.models import build
 from maxpretrain.models.multi_token import layer_config
+from maxpretrain.monitor.flops import training_flops
 from maxpretrain.nn.base import is_spec
 from maxpretrain.nn.stack import Execution
 from maxpretrain.objectives import CLM, MultiToken
+from maxpretrain.train.step import make_train_step
 
 EOS, V, T = 2, 40, 10
 CONFIG = ModelConfig(
@@ -399,10 +411,44 @@ def test_regularizers_are_of_training_only():
     np.testing.assert_allclose(means(loss)["loss_depth_2"], means(other)["loss_depth_2"], rtol=1e-5)
 
 
+def test_the_weight_follows_its_schedule():
+    """The mean of the further losses counts 0.3 until step 10, 0.1 from 20 on, in between what lies between."""
+    objective = MultiToken(form="sequential", depth=2, weight=0.1, schedule=((10, 0.3), (20, 0.1)))
+    model, f = compiled(objective)
+    params, batch = drawn(model.abstract), rows(objective)
+    plain = {name: array for name, array in batch.items() if name != "further_scales"}
+    further = lambda step: objective.normalized(plain, None if step is None else jnp.int32(step))  # noqa: E731
+    for step, weight in ((0, 0.3), (10, 0.3), (15, 0.2), (20, 0.1), (99, 0.1), (None, 0.1)):
+        (total, loss), _ = f(params, further(step))
+        each = means(loss)
+        expected = each["cross_entropy"] + weight * (each["loss_depth_2"] + each["loss_depth_3"]) / 2
+        np.testing.assert_allclose(float(total / loss.weight), expected, rtol=1e-5)
+    each = {"cross_entropy": 2.0, "loss_depth_2": 3.0, "loss_depth_3": 5.0}
+    assert objective.combined(each) == pytest.approx(2.0 + 0.1 * 4.0)
+
+
+def test_training_takes_the_weight_of_its_step():
+    objective = MultiToken(form="sequential", depth=1, schedule=((1, 0.3), (2, 3.0)))
+    model = objective.build(CONFIG)
+    batch = {name: array for name, array in rows(objective).items() if name != "further_scales"}
+    rate = lambda count: 1e-3 * jnp.ones(())  # noqa: E731
+    tx = optax.sgd(rate)
+    step = jax.jit(make_train_step(model, objective, tx, OptimizerConfig(), rate, seed=0, microbatches=2))
+    params = drawn(model.abstract)
+    for number, weight in ((0, 0.3), (2, 3.0)):
+        each = step({"params": params, "opt_state": tx.init(params), "step": jnp.int32(number)}, batch)[1]
+        expected = each["cross_entropy"] + weight * each["loss_depth_2"]
+        np.testing.assert_allclose(float(each["loss"]), float(expected), rtol=1e-5)
+
+
 def test_work_and_runs_that_cannot_be():
     objective = MultiToken(depth=2)
     work = objective.work(dataclasses.replace(CONFIG, num_layers=12), 16)
     assert [(w.model.num_layers, w.length, w.predictions) for w in work] == [(12, 16, 16), (1, 16, 16), (1, 16, 16)]
+    # Beside its layer each module of the sequential form has a projection [2·D, D] that every token goes through.
+    sequential = MultiToken(form="sequential", depth=2)
+    gap = training_flops(sequential, CONFIG, 16, True) - training_flops(objective, CONFIG, 16, True)
+    assert gap == pytest.approx(2 * 6 * 2 * CONFIG.model_dim**2)
     local = dataclasses.replace(CONFIG, num_layers=4, window=8, layer_pattern=("global", "local"))
     assert layer_config(local).layer_pattern == ("local",)
     run = Run(
@@ -420,5 +466,13 @@ def test_work_and_runs_that_cannot_be():
         ask(depth=16)
     with pytest.raises(UserError, match=r"objective.weight is 0.0; it must be above 0"):
         ask(weight=0.0)
+    with pytest.raises(UserError, match=r"objective.schedule is of the weight in the sequential form"):
+        ask(schedule=((0, 0.3),))
+    with pytest.raises(
+        UserError, match=r"objective.schedule has the steps \[5, 5\]; they must be at least 0, and rise"
+    ):
+        ask(form="sequential", schedule=((5, 0.3), (5, 0.1)))
+    with pytest.raises(UserError, match=r"objective.schedule is \(\(0, 0.0\),\); its weights must be above 0"):
+        ask(form="sequential", schedule=((0, 0.0),))
     with pytest.raises(UserError, match=r"objective MultiToken needs a decoder; model.architecture is encoder"):
         validate(dataclasses.replace(run, model=dataclasses.replace(run.model, architecture="encoder")))
