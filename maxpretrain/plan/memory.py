@@ -13,6 +13,7 @@ from maxpretrain.config import ModelConfig, Run
 from maxpretrain.mesh import Layout
 from maxpretrain.models import Model
 from maxpretrain.nn.stack import Execution
+from maxpretrain.objectives.base import Work
 from maxpretrain.objectives.cross_entropy import num_chunks
 from maxpretrain.train.state import abstract_state
 
@@ -71,8 +72,8 @@ def estimate(run: Run, model: Model, optimizer: optax.GradientTransformation, la
     """Bytes by part on each device; nothing is allocated.
 
     Parameters and optimizer state are exact. Gradients have the parameters' size, twice where microbatches add to a sum.
-    Activations are those that `model.execution.remat` keeps, and one layer's of the recomputation. Logits are a chunk in
-    float32 and its gradient.
+    Activations are those that `model.execution.remat` keeps of all networks that an example goes through, and one layer's
+    of the recomputation. Logits are a chunk in float32 and its gradient.
 
     Args:
         run: its batch counts.
@@ -88,24 +89,33 @@ def estimate(run: Run, model: Model, optimizer: optax.GradientTransformation, la
     execution, config, batch = model.execution, model.config, run.batch
     assert config.vocab_size is not None
     rows = batch.size // batch.microbatches
-    tokens = rows * batch.length / layout.extent("batch") / layout.extent("length")
-    saved = saved_per_token(config, batch.length, execution, layout)
-    itemsize = 2 if execution.dtype == "bfloat16" else 4
-    # Beside the layers: the embedding's output, and the last hidden states with their gradient.
-    layers = float(config.num_layers)
-    if config.architecture == "encoder-decoder":
-        layers += 1.5 * config.decoder_layers  # attention twice
-    per_token = layers * saved[execution.remat] + saved["none"] + 3 * itemsize * config.model_dim
-    predicted = run.objective.fields(batch.length).get("labels", ((batch.length,), ""))[0][0]
-    share = rows * predicted / layout.extent("batch") / layout.extent("length")
-    chunk = share / num_chunks(rows, predicted, execution.loss_chunk, layout.extent("batch"))
+    share = rows / layout.extent("batch") / layout.extent("length")
+    works = run.objective.work(config, batch.length)
+    kept, passing = zip(*(example_activations(work, execution, layout) for work in works), strict=True)
+    predicted = max(work.predictions for work in works)
+    chunk = share * predicted / num_chunks(rows, predicted, execution.loss_chunk, layout.extent("batch"))
     return {
         "parameters": parameters,
         "gradients": parameters * (2 if batch.microbatches > 1 else 1),
         "optimizer": _bytes(state["opt_state"]),
-        "activations": int(tokens * per_token),
+        "activations": int(share * (sum(kept) + max(passing))),
         "logits": int(2 * 4 * chunk * config.vocab_size / layout.extent("vocab")),
     }
+
+
+def example_activations(work: Work, execution: Execution, layout: Layout) -> tuple[float, float]:
+    """Bytes of one example's way through a network: what is kept until the backward pass, and one layer's recomputation."""
+    model = work.model
+    ends = 3 * (2 if execution.dtype == "bfloat16" else 4) * model.model_dim  # embedded; last states and their gradient
+    stacks = [(work.length, model.num_layers, 1.0)]
+    if model.architecture == "encoder-decoder":
+        stacks.append((work.decoder_length, model.decoder_layers, 1.5))  # attention twice
+    kept, passing = 0.0, 0.0
+    for length, layers, factor in stacks:
+        saved = saved_per_token(model, length, execution, layout)
+        kept += length * (factor * layers * saved[execution.remat] + ends)
+        passing = max(passing, factor * length * saved["none"])
+    return kept, passing
 
 
 def what_would_fit(

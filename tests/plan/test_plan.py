@@ -22,9 +22,11 @@ from maxpretrain.mesh import make_layout
 from maxpretrain.models import build
 from maxpretrain.models.families import gpt2, llama
 from maxpretrain.nn.stack import Execution
+from maxpretrain.objectives import ELECTRA, MultiToken, SpanCorruption
 from maxpretrain.plan import plan, render
-from maxpretrain.plan.memory import saved_per_token
+from maxpretrain.plan.memory import example_activations, saved_per_token
 from maxpretrain.plan.target import PlannedDevice
+from maxpretrain.vocabulary import Vocabulary
 
 GPT2 = Run(name="gpt2", steps=100, model=gpt2.PRESETS["gpt2"], batch=BatchConfig(size=8, length=1024))
 LLAMA = Run(name="llama", steps=1000, model=llama.PRESETS["llama-3-8b"], batch=BatchConfig(size=64, length=8192))
@@ -169,6 +171,41 @@ def test_saved_activations_are_the_residuals_that_jax_finds(shape, dtype, remats
         # From JAX 0.12 on tanh gelu keeps five arrays instead of six.
         tolerance = 0.11 if config.activation == "gelu_tanh" and remat == "none" else 0.02
         assert estimate == pytest.approx(per_token, rel=tolerance), remat
+
+
+ENCODER = dataclasses.replace(TINY, architecture="encoder", num_layers=4, model_dim=64)
+KINDS = {
+    "generator": (ELECTRA(generator_share=1.0), dataclasses.replace(ENCODER, heads=("replaced",))),
+    "two stacks": (
+        SpanCorruption(),
+        dataclasses.replace(ENCODER, architecture="encoder-decoder", position="t5", decoder_start_id=0),
+    ),
+    "further tokens": (MultiToken(form="sequential", depth=2), dataclasses.replace(ENCODER, architecture="decoder")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_of_all_that_an_example_goes_through(kind):
+    """The targets of 32 tokens of inputs are 8: a decoder that kept as many as the encoder would keep twice what it does."""
+    objective, config = KINDS[kind]
+    length = 32
+    words = Vocabulary(size=64, eos_id=1, mask_id=2, specials=(0, 1, 2), sentinels=tuple(range(63, 43, -1)))
+    bound = objective.bind(words)
+    model = objective.build(config, Execution())
+    structs = jax.tree.map(lambda s: s.struct, model.abstract, is_leaf=lambda x: hasattr(x, "axes"))
+
+    def kept(rows):
+        batch = {n: jax.ShapeDtypeStruct((rows, *shape), dtype) for n, (shape, dtype) in bound.fields(length).items()}
+        loss = lambda p, b: bound.loss(model, p, bound.normalized(b), None).sum  # noqa: E731
+        pullback = jax.eval_shape(lambda p, b: jax.vjp(lambda p: loss(p, b), p)[1], structs, batch)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+
+    layout = make_layout(MeshConfig(), jax.devices()[:1])
+    estimate = sum(example_activations(work, Execution(), layout)[0] for work in objective.work(config, length))
+    assert estimate == pytest.approx((kept(8) - kept(4)) / 4, rel=0.12)
+    compute = ComputeConfig(dtype="float32", attention="xla")
+    run = Run(model=config, objective=objective, batch=BatchConfig(size=4, length=length), compute=compute)
+    assert plan(run, target="h200").memory["activations"] > 4 * estimate
 
 
 def test_flash_attention_keeps_no_square():
