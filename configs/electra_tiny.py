@@ -1,6 +1,7 @@
 """A tiny ELECTRA: a small generator replaces tokens, and the discriminator finds which.
 
     maxpretrain train configs/electra_tiny.py
+    maxpretrain generate electra-tiny --prompt "Return <mask> if the string is empty."   # the generator fills
 
 Hardware: any; two CPU cores take a few minutes.
 Paper: Clark et al. 2020, arXiv:2003.10555.
@@ -38,6 +39,6 @@ config = Run(
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=32, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),
-    evaluation=EvaluationConfig(every=250),
+    evaluation=EvaluationConfig(every=250, prompts=("Return <mask> if the string is empty.",)),
     checkpoint=CheckpointConfig(every=500),
 )

@@ -51,7 +51,7 @@ class FillMask:
     A text is read as one segment, from the tokenizer's bos to its eos where it has them ([CLS] and [SEP] in BERT).
 
     Args:
-        model: an encoder with a language model head.
+        model: an encoder with a language model head, or with a generator beside it that has one (ELECTRA).
         tokenizer: the one it was trained with, with a mask: a special token or user symbol of a name in `MASKS`.
 
     Raises:
@@ -59,7 +59,7 @@ class FillMask:
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer):
-        config = model.config
+        config, self._plain = model.speaking
         if config.architecture != "encoder":
             raise UserError(f"masks are filled by an encoder, and model.architecture is {config.architecture}")
         if "lm" not in config.heads:
@@ -152,6 +152,7 @@ class FillMask:
         """For N places of each row: the `count` likeliest tokens [B, N, count], their probabilities, and one drawn [B, N]."""
         segments = real.astype(jnp.int32)
         positions = jnp.maximum(jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1, 0)
+        params = self._plain(params)
         hidden = self._model.apply(params, tokens, positions, segments).hidden
         hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
         # Never one beyond the tokenizer's ids, which a padded embedding has too.

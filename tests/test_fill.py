@@ -17,6 +17,7 @@ from maxpretrain.fill import Candidate, FillMask
 from maxpretrain.mesh import make_layout
 from maxpretrain.models import build
 from maxpretrain.nn.base import is_spec
+from maxpretrain.objectives import ELECTRA
 
 # 27 letters, then <s> 27, </s> 28, <pad> 29, [MASK] 30; and rows of the embedding beyond them.
 LETTERS = Characters("abcdefghijklmnopqrstuvwxyz ", ["<s>", "</s>", "<pad>", "[MASK]"])
@@ -118,6 +119,21 @@ def test_networks_and_tokenizers_that_cannot_fill():
         FillMask(build(dataclasses.replace(CONFIG, architecture="decoder")), LETTERS)
     with pytest.raises(UserError, match=r'model.heads are replaced; without "lm" there is nothing to fill masks with'):
         FillMask(build(dataclasses.replace(CONFIG, heads=("replaced",), lm_transform=False)), LETTERS)
+
+
+def test_of_an_electra_the_generator_fills():
+    """The discriminator says of each token whether it was replaced, and has no words of its own."""
+    discriminator = dataclasses.replace(CONFIG, heads=("replaced",), lm_transform=False, lm_bias=False)
+    for sharing in ("shared", "disentangled"):
+        model = ELECTRA(generator_share=0.5, sharing=sharing).build(discriminator)
+        rng = np.random.default_rng(4)
+        draw = lambda s: jnp.asarray((s.role == "norm") + 0.5 * rng.standard_normal(s.shape), jnp.float32)  # noqa: E731, B023
+        params = jax.tree.map(draw, model.abstract, is_leaf=is_spec)
+        own, generator = model.generator_params(params), build(model.generator.config)
+        assert generator.config.model_dim == 8
+        answers = FillMask(model, LETTERS)(params, TEXTS[1:2], 3)
+        assert answers == FillMask(generator, LETTERS)(own, TEXTS[1:2], 3)
+        assert len(answers[0]) == 3
 
 
 def test_parameters_spread_over_a_mesh():

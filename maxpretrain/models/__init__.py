@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,6 +52,11 @@ class Model:
     def networks(self, params: Params) -> dict[str, tuple[ModelConfig, Params]]:
         """The networks that there are, with their plain parameters: the run's own as "", others by their names."""
         return {"": (self.config, self.plain(params))}
+
+    @property
+    def speaking(self) -> tuple[ModelConfig, Callable[[Params], Params]]:
+        """The network that a language model head is of, where there is one, and its plain parameters as a function of these."""
+        return self.config, self.plain
 
     def keeps_like(self, other: Model) -> bool:
         """Whether parameters of the other are parameters of this, and mean the same."""

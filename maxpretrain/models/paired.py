@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,6 +68,10 @@ class Paired(Model):
 
     def networks(self, params: Params) -> dict[str, tuple[ModelConfig, Params]]:
         return super().networks(params) | {"generator": (self.generator.config, self.generator_params(params))}
+
+    @property
+    def speaking(self) -> tuple[ModelConfig, Callable[[Params], Params]]:
+        return self.generator.config, self.generator_params
 
     def keeps_like(self, other: Model) -> bool:
         return super().keeps_like(other) and isinstance(other, Paired) and self.sharing == other.sharing

@@ -28,7 +28,7 @@ class Sampler:
     def __init__(self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int, objective: Objective):
         self._config, self._seed, self._tokenizer = config, seed, tokenizer
         self._answers = model.config.architecture == "encoder-decoder" or objective.answers
-        self._prompts = config.prompts if config.sample_tokens and "lm" in model.config.heads else ()
+        self._prompts = config.prompts if config.sample_tokens and "lm" in model.speaking[0].heads else ()
         self._generator: Generator | None = None
         self._fill: FillMask | None = None
         if model.config.architecture == "encoder":
