@@ -103,9 +103,17 @@ class OptimizerConfig:
 class BalanceConfig:
     """What keeps the experts of a mixture evenly loaded; without experts it does nothing."""
 
-    loss: Literal["none", "switch", "switch_mean", "importance", "importance_mean_square", "sequence"] = (
-        "switch_mean"  # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even
-    )
+    # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even; those of smooth load need model.moe.noisy
+    loss: Literal[
+        "none",
+        "switch",
+        "switch_mean",
+        "importance",
+        "importance_mean_square",
+        "smooth_load",
+        "importance_and_smooth_load",
+        "sequence",
+    ] = "switch_mean"
     weight: float = 0.01  # of that loss
     z_weight: float = 0.0  # of the mean squared logsumexp of the router's logits; 1e-3 is usual
     # with batch.microbatches, batch: of all, for which they go through the network once more; microbatch: each by itself
@@ -288,6 +296,11 @@ def validate(run: Run, *, resolved: bool = False) -> None:
     require(
         run.balance.loss != "importance_mean_square" or run.balance.over == "batch",
         'balance.loss "importance_mean_square" grows with the number of tokens; use balance.over "batch", or loss "importance"',
+    )
+    require(
+        "smooth_load" not in run.balance.loss or run.model.moe.noisy or not run.model.moe.num_experts,
+        f'balance.loss "{run.balance.loss}" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or '
+        'use "importance"',
     )
     for part, value in (
         ("evaluation.every", run.evaluation.every),

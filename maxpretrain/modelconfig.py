@@ -74,6 +74,7 @@ class MoEConfig:
     groups: int = 1  # experts are chosen within the best `top_groups` of so many groups
     top_groups: int = 1  # of `groups`
     balance_bias: bool = False  # a bias for each expert in the choice, not in the weights (DeepSeek-V3)
+    noisy: bool = False  # noise of a learned size on the router's logits in training (Shazeer)
     capacity: float | None = None  # places of an expert, as a factor of an even share; None: dropless
 
 

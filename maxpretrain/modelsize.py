@@ -27,7 +27,9 @@ def mlp_matrices(model: ModelConfig, layer: int, *, active: bool) -> int:
     if not moe.num_experts or layer in moe.dense_layers:
         return products * model.mlp_width
     experts = moe.top_k if active else moe.num_experts
-    return products * (experts * model.expert_width + moe.shared_dim) + model.model_dim * moe.num_experts
+    return products * (experts * model.expert_width + moe.shared_dim) + model.model_dim * moe.num_experts * (
+        1 + moe.noisy
+    )
 
 
 def stack_matrices(model: ModelConfig, *, active: bool = True, decoder: bool = False) -> int:

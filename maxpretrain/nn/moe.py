@@ -24,7 +24,7 @@ from maxpretrain.nn.grouped import grouped
 from maxpretrain.nn.init import matrix
 from maxpretrain.nn.linear import PRODUCT, einsum
 from maxpretrain.nn.mlp import ACTIVATIONS, MLP
-from maxpretrain.nn.router import TOKENS, Router, Statistics, route, statistics
+from maxpretrain.nn.router import TOKENS, Noise, Router, Statistics, route, smooth_load, statistics
 
 
 class MoE(Module):
@@ -42,27 +42,37 @@ class MoE(Module):
     def __init__(self, config: ModelConfig):
         moe = config.moe
         self.router = Router(config)
+        self.noise = Noise(config) if moe.noisy else None
         zeros = partial(param, (moe.num_experts,), (None,), inits.zeros, "buffer")
         self.balance_bias = zeros() if moe.balance_bias else None
         self.experts = Experts(config)
         self.shared = MLP(config, moe.shared_dim) if moe.shared_dim else None
         self.config = moe
 
-    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, Statistics]:
+    def __call__(
+        self, x: jax.Array, real: jax.Array | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Statistics]:
         """[B, T, D] -> [B, T, D], and the sums of `router.statistics`.
 
         Args:
             real: bool [B, T], false where there is padding; None: nowhere.
+            key: what the router's noise is drawn from; None: there is none.
         """
         moe = self.config
         real = jnp.ones(x.shape[:2], bool) if real is None else real
-        routing = route(self.router(x), moe, None if self.balance_bias is None else self.balance_bias[...])
+        clean = self.router(x)
+        noisy, std = (clean, None) if self.noise is None or key is None else self.noise(x, clean, key)
+        routing = route(noisy, moe, None if self.balance_bias is None else self.balance_bias[...])
         choice = jnp.where(real[..., None], routing.choice, moe.num_experts)
         places = None if moe.capacity is None else num_places(moe.capacity, x.shape[1], moe.top_k, moe.num_experts)
         y = self.experts(x, choice, routing.weights, places)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, statistics(routing, real, places)
+        said = statistics(routing, real, places)
+        if self.noise is not None:
+            drawn = std is not None
+            said["smooth_load"] = smooth_load(clean, noisy, std, moe.top_k, real) if drawn else said["load"]
+        return y, said
 
 
 def num_places(capacity: float, length: int, top_k: int, num_experts: int) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from maxpretrain import mesh
 from maxpretrain.config import ModelConfig, MoEConfig
+from maxpretrain.nn import init as inits
 from maxpretrain.nn.base import Module, param
 from maxpretrain.nn.init import matrix
 
@@ -50,6 +51,22 @@ class Router(Module):
         """[B, T, D] -> float32 [B, T, X]."""
         # The default precision of a float32 product is bfloat16 on a TPU, TF32 on a GPU.
         return jnp.einsum("btd,dx->btx", x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+
+
+class Noise(Module):
+    """Noise on the logits, of a standard deviation softplus(x·W) + 0.01 that is learned for each expert; W begins at 0.
+
+    Reference: Shazeer et al. 2017, arXiv:1701.06538, eq. 4 and appendix A (0.01: tensor2tensor's noisy_top_k_gating).
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.kernel = param((config.model_dim, config.moe.num_experts), ("embed", None), inits.zeros, "matrix")
+
+    def __call__(self, x: jax.Array, clean: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D] and logits float32 [B, T, X] -> logits with the noise drawn, and its standard deviations."""
+        scale = jnp.einsum("btd,dx->btx", x.astype(jnp.float32), self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+        std = jax.nn.softplus(scale) + 0.01
+        return clean + std * jax.random.normal(key, clean.shape), std
 
 
 def route(logits: jax.Array, config: MoEConfig, bias: jax.Array | None = None) -> Routing:
@@ -164,26 +181,31 @@ def counted_load_loss(load: jax.Array, tokens: jax.Array) -> jax.Array:
     return load.shape[-1] * jnp.sum(jnp.square(load), -1) / jnp.square(jnp.maximum(tokens, 1.0))
 
 
-def smooth_load(clean: jax.Array, noisy: jax.Array, noise_std: jax.Array, top_k: int) -> jax.Array:
+def smooth_load(
+    clean: jax.Array, noisy: jax.Array, noise_std: jax.Array, top_k: int, real: jax.Array | None = None
+) -> jax.Array:
     """Load with a gradient, of a router that chooses by noisy logits: Σ_tokens P(x), where P(x) = Φ((clean_x − threshold_x)/std_x)
     is the probability that x is chosen when its noise alone is drawn again, the threshold being the k-th best of the others.
 
     Args:
-        clean, noisy: float32 [N, X], logits without and with the noise drawn.
-        noise_std: [N, X], or a shape that broadcasts to it with as many axes.
+        clean, noisy: float32 [B, T, X], logits without and with the noise drawn; outside a mesh any leading axes.
+        noise_std: [B, T, X], or a shape that broadcasts to it with as many axes.
+        real: bool [B, T], false where there is padding; None: nowhere.
 
     Returns:
         [X]; its `squared_variation` is the loss.
 
     Reference: Shazeer et al. 2017, arXiv:1701.06538, appendix A.
     """
-    num_experts = clean.shape[-1]
-    if top_k >= num_experts:
-        return jnp.full((num_experts,), clean.shape[0], jnp.float32)
-    best = jax.lax.top_k(noisy, top_k + 1)[0]
-    last_in, first_out = best[:, top_k - 1 : top_k], best[:, top_k:]
-    threshold = jnp.where(noisy > first_out, first_out, last_in)
-    return jnp.sum(jax.scipy.stats.norm.cdf((clean - threshold) / noise_std), 0)
+    mask = jnp.ones(clean.shape[:-1], jnp.float32) if real is None else real.astype(jnp.float32)
+    if top_k >= clean.shape[-1]:
+        chosen = jnp.ones_like(clean)
+    else:
+        best = mesh.per_device(lambda x: jax.lax.top_k(x, top_k + 1)[0], [TOKENS], TOKENS)(noisy)
+        last_in, first_out = best[..., top_k - 1 : top_k], best[..., top_k:]
+        threshold = jnp.where(noisy > first_out, first_out, last_in)
+        chosen = jax.scipy.stats.norm.cdf((clean - threshold) / noise_std)
+    return jnp.sum(chosen * mask[..., None], tuple(range(clean.ndim - 1)))
 
 
 def switch_loss(load: jax.Array, probability: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -227,6 +249,8 @@ def updated_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
 LOSSES: Mapping[str, Callable[[Statistics, int], jax.Array]] = {
     "importance": lambda s, k: squared_variation(s["importance"]),
     "importance_mean_square": lambda s, k: mean_square(s["importance"]),
+    "smooth_load": lambda s, k: squared_variation(s["smooth_load"]),
+    "importance_and_smooth_load": lambda s, k: squared_variation(s["importance"]) + squared_variation(s["smooth_load"]),
     "load": lambda s, k: counted_load_loss(s["load"], s["tokens"]),
     "switch": lambda s, k: switch_loss(s["load"], s["probability"], s["tokens"]),
     "switch_mean": lambda s, k: switch_loss(s["load"], s["probability"], s["tokens"]) / k,

@@ -92,6 +92,7 @@ class Block(base.Module):
         self.mlp_norm, self.mlp_after = norm(config.parallel != "one_norm"), norm(sandwich)
         self.mlp = MoE(config) if kind.experts else MLP(config)
         self.parallel, self.placement, self.rate = config.parallel, config.norm_placement, config.dropout
+        self.noisy = kind.experts and config.moe.noisy
 
     def __call__(
         self,
@@ -108,7 +109,8 @@ class Block(base.Module):
         Args:
             source: [B, T, D], the residual stream that keys and values are made from; None: `x`.
         """
-        keys = split(key, 3 if self.cross is None else 5)
+        keys = split(key, (3 if self.cross is None else 5) + self.noisy)
+        noise = keys[-1] if self.noisy else None
         own, memory = divided(cache)
         entered = self._entered(x, self.attention_norm)
         how = {} if source is None else {"source": self._entered(source, self.attention_norm)}
@@ -116,14 +118,14 @@ class Block(base.Module):
         branch = self._branch(y, self.attention_norm, self.attention_after, keys[1])
         if self.parallel != "none":
             entered = entered if self.mlp_norm is None else self._entered(x, self.mlp_norm)
-            y, statistics = self._mlp(entered, context)
+            y, statistics = self._mlp(entered, context, noise)
             branch = branch + self._branch(y, self.mlp_norm or self.attention_norm, self.mlp_after, keys[2])
             return self._sum(x, branch, self.attention_norm), own, statistics
         x = self._sum(x, branch, self.attention_norm)
         if self.cross is not None:
             y, memory = self.cross(self._entered(x, self.cross_norm), context, key=keys[3], cache=memory)
             x = self._sum(x, self._branch(y, self.cross_norm, self.cross_after, keys[4]), self.cross_norm)
-        y, statistics = self._mlp(self._entered(x, self.mlp_norm), context)
+        y, statistics = self._mlp(self._entered(x, self.mlp_norm), context, noise)
         x = self._sum(x, self._branch(y, self.mlp_norm, self.mlp_after, keys[2]), self.mlp_norm)
         return x, joined(own, memory), statistics
 
@@ -138,10 +140,10 @@ class Block(base.Module):
         x = constrain(x + branch, "batch", "length", None)
         return norm(x) if self.placement == "post" else x
 
-    def _mlp(self, x: jax.Array, context: Context) -> tuple[jax.Array, Statistics]:
+    def _mlp(self, x: jax.Array, context: Context, key: jax.Array | None) -> tuple[jax.Array, Statistics]:
         if not isinstance(self.mlp, MoE):
             return self.mlp(x), {}
-        return self.mlp(x, None if context.segments is None else context.segments != 0)
+        return self.mlp(x, None if context.segments is None else context.segments != 0, key)
 
 
 def divided(cache: Cache | None) -> tuple[Cache | None, Cache | None]:

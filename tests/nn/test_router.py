@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxpretrain.config import MoEConfig
-from maxpretrain.nn import router
+from maxpretrain.config import ModelConfig, MoEConfig
+from maxpretrain.nn import base, router
 from maxpretrain.nn.router import Routing
 
 # Compiled whole: one operation at a time, each is compiled by itself.
@@ -189,6 +189,46 @@ def test_smooth_load():
     assert np.abs(grad).min() > 0
 
 
+def test_smooth_load_is_how_often_an_expert_is_chosen():
+    """Noise drawn again and again for one expert at a time: the share of the draws in which it is among the best two."""
+    rng = np.random.default_rng(5)
+    clean, std = rng.normal(size=(1, 4)), np.array([[0.5, 1.0, 0.2, 0.8]])
+    noisy = clean + std * rng.normal(size=(1, 4))
+    for expert in range(4):
+        others = np.delete(noisy[0], expert)
+        again = clean[0, expert] + std[0, expert] * rng.normal(size=200_000)
+        share = (again > np.sort(others)[-2]).mean()
+        found = smooth_load(*(jnp.asarray(x, jnp.float32) for x in (clean, noisy, std)), 2)[expert]
+        assert float(found) == pytest.approx(share, abs=0.005)
+
+
+def test_smooth_load_leaves_padding_out():
+    rng = np.random.default_rng(6)
+    clean, noisy = (jnp.asarray(rng.normal(size=(2, 5, 4)), jnp.float32) for _ in range(2))
+    real = jnp.arange(5)[None] < jnp.asarray([[5], [2]])
+    std = jnp.full((1, 1, 1), 0.7)
+    kept = [clean[0], clean[1, :2]], [noisy[0], noisy[1, :2]]
+    expected = sum(smooth_load(c, n, std[0], 2) for c, n in zip(*kept, strict=True))
+    found = jax.jit(lambda c, n: router.smooth_load(c, n, std, 2, real))(clean, noisy)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_noise_has_the_size_that_is_learned():
+    """softplus(0) + 0.01 at first, for its matrix begins at 0; then what the matrix says of each token."""
+    config = ModelConfig(model_dim=8, num_heads=2, moe=MoEConfig(num_experts=4, noisy=True))
+    template = base.Template(router.Noise(config))
+    params = base.init(template.abstract, jax.random.key(0))
+    x, clean = jnp.ones((64, 32, 8)), jnp.zeros((64, 32, 4))
+    noise = jax.jit(lambda params: template.bind(params)(x, clean, jax.random.key(1)))
+    noisy, std = noise(params)
+    np.testing.assert_allclose(std, math.log(2) + 0.01, rtol=1e-6)
+    assert float(noisy.std()) == pytest.approx(math.log(2) + 0.01, rel=0.02)
+    assert abs(float(noisy.mean())) < 0.02
+    grown, std = noise({"kernel": jnp.full((8, 4), 0.25)})
+    np.testing.assert_allclose(std, math.log1p(math.exp(2)) + 0.01, rtol=1e-6)
+    assert float(grown.std()) == pytest.approx(float(std[0, 0, 0]), rel=0.02)
+
+
 def test_switch():
     even = jnp.full((4,), 2.0)
     assert float(router.switch_loss(even, even, jnp.float32(8))) == 1.0
@@ -238,7 +278,8 @@ def test_losses_keep_layers_and_add_up_over_microbatches():
     config = MoEConfig(num_experts=5, top_k=2)
 
     def of(rows):
-        return statistics(route(logits[rows], config), real[rows])
+        noisy = router.smooth_load(logits[rows], logits[rows], jnp.ones((1, 1, 1)), 2, real[rows])
+        return statistics(route(logits[rows], config), real[rows]) | {"smooth_load": noisy}
 
     whole, halves = of(slice(None)), (of(slice(0, 2)), of(slice(2, 4)))
     added = jax.tree.map(jnp.add, *halves)
@@ -252,7 +293,9 @@ def test_nothing_to_route_is_zero():
     logits = jnp.ones((2, 3, 4))
 
     def total(logits):
-        sums = statistics(route(logits, MoEConfig(num_experts=4, top_k=2)), jnp.zeros((2, 3), bool))
+        real = jnp.zeros((2, 3), bool)
+        sums = statistics(route(logits, MoEConfig(num_experts=4, top_k=2)), real)
+        sums["smooth_load"] = router.smooth_load(logits, logits, jnp.ones((1, 1, 1)), 2, real)
         return sum(loss(sums, 2) for loss in LOSSES.values())
 
     value, grad = jax.jit(jax.value_and_grad(total))(logits)

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from maxpretrain import mesh, optim
-from maxpretrain.config import BalanceConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig
+from maxpretrain.config import (
+    BalanceConfig,
+    BatchConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    Run,
+    ScheduleConfig,
+    validate,
+)
+from maxpretrain.errors import UserError
 from maxpretrain.models import build
 from maxpretrain.objectives import CLM, Loss
 from maxpretrain.objectives.balance import balanced, with_updated_bias
@@ -35,6 +46,7 @@ def said(load, probability, tokens=8.0):
         "dropped": one(4.0),
         "sequences": one(1.0),
         "sequence_balance": one(1.25),
+        "smooth_load": one([1.0, 2.0, 3.0, 4.0]),
     }
 
 
@@ -49,7 +61,16 @@ def means(loss):
 @pytest.mark.parametrize(
     ("kind", "expected"),
     # load [4, 0, 2, 2] of 4 tokens with 2 choices, probability even: 4·Σ f·P with f [1, 0, .5, .5], P .25 each.
-    [("switch", 2.0), ("switch_mean", 1.0), ("importance", 0.0), ("importance_mean_square", 1.0), ("sequence", 1.25)],
+    # Smooth load [1, 2, 3, 4]: CV² is 1.25/2.5² = 0.2.
+    [
+        ("switch", 2.0),
+        ("switch_mean", 1.0),
+        ("importance", 0.0),
+        ("importance_mean_square", 1.0),
+        ("smooth_load", 0.2),
+        ("importance_and_smooth_load", 0.2),
+        ("sequence", 1.25),
+    ],
 )
 def test_what_each_kind_adds(kind, expected):
     config = BalanceConfig(loss=kind, weight=0.5)
@@ -91,8 +112,8 @@ def test_the_bias_moves_against_the_load():
     assert with_updated_bias(params, {}, BalanceConfig()) is params
 
 
-def train(axes, devices, *, balance, microbatches=1, steps=3):
-    model = build(MODEL)
+def train(axes, devices, *, balance, microbatches=1, steps=3, noisy=False):
+    model = build(dataclasses.replace(MODEL, moe=dataclasses.replace(MOE, noisy=noisy)))
     how = {"steps": steps, "tokens_per_step": 128}
     tx = optim.build_optimizer(OPTIMIZER, decay_mask=optim.decay_mask(model.abstract), **how)
     rate = optim.schedule(OPTIMIZER.schedule, peak_lr=OPTIMIZER.peak_lr, **how)
@@ -108,10 +129,11 @@ def train(axes, devices, *, balance, microbatches=1, steps=3):
     return jax.device_get(metrics), np.asarray(state["params"]["decoder"]["stack"]["experts"]["mlp"]["balance_bias"])
 
 
-def test_statistics_are_of_the_global_batch():
-    balance = BalanceConfig(loss="switch", weight=0.1, bias_rate=0.01)
-    one, bias = train({}, 1, balance=balance)
-    many, bias_of_many = train({"data": 2, "expert": 2, "fsdp": 2}, 8, balance=balance)
+@pytest.mark.parametrize(("kind", "noisy"), [("switch", False), ("importance_and_smooth_load", True)])
+def test_statistics_are_of_the_global_batch(kind, noisy):
+    balance = BalanceConfig(loss=kind, weight=0.1, bias_rate=0.01)
+    one, bias = train({}, 1, balance=balance, noisy=noisy)
+    many, bias_of_many = train({"data": 2, "expert": 2, "fsdp": 2}, 8, balance=balance, noisy=noisy)
     assert one["total_loss"] == pytest.approx(one["loss"] + 0.1 * one["load_balance"], rel=1e-6)
     for name in ("loss", "total_loss", "load_balance", "router_entropy", "expert_load", "expert_load_spread"):
         np.testing.assert_allclose(many[name], one[name], rtol=2e-5, err_msg=name)
@@ -119,6 +141,42 @@ def test_statistics_are_of_the_global_batch():
     assert np.abs(bias).max() == pytest.approx(0.03)  # three steps the same way for some expert
     assert one["expert_load"].shape == (4,)
     assert one["expert_load"].mean() == pytest.approx(1.0)
+
+
+def test_noise_is_of_training_and_learned():
+    model = build(dataclasses.replace(MODEL, moe=dataclasses.replace(MOE, noisy=True)))
+    params = jax.jit(model.init)(jax.random.key(0))
+    plain = jax.tree.map(lambda x: x, params)
+    noise = plain["decoder"]["stack"]["experts"]["mlp"].pop("noise")["kernel"]
+    assert noise.shape == (2, 16, 4)
+    assert not noise.any()
+    batch = CLM().examples(np.random.default_rng(0).integers(0, 32, (4, 17)).astype(np.int32))
+    balance = BalanceConfig(loss="smooth_load", weight=1.0)
+
+    @jax.jit
+    def measured(params, key):
+        def total(params):
+            loss = balanced(CLM().loss(model, params, batch, key), balance, model.config.moe)
+            return loss.sum, loss
+
+        return jax.grad(total, has_aux=True)(params)
+
+    quiet = CLM().loss(build(MODEL), plain, batch, None)
+    slope, loss = measured(params, None)
+    np.testing.assert_allclose(loss.metrics["task_loss"][0], quiet.sum, rtol=1e-6)
+    assert not np.asarray(slope["decoder"]["stack"]["experts"]["mlp"]["noise"]["kernel"]).any()
+    slope, drawn = measured(params, jax.random.key(1))
+    assert abs(float(drawn.metrics["task_loss"][0] / quiet.sum) - 1) > 1e-4
+    for part in ("noise", "router"):
+        assert np.abs(slope["decoder"]["stack"]["experts"]["mlp"][part]["kernel"]).max() > 0
+    assert means(drawn)["load_balance"] > 0
+
+
+def test_a_loss_of_noise_needs_it():
+    run = Run(model=dataclasses.replace(MODEL, vocab_size=None), balance=BalanceConfig(loss="smooth_load"))
+    message = r'^balance.loss "smooth_load" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or use'
+    with pytest.raises(UserError, match=message):
+        validate(run.replace(batch=BatchConfig(length=16)))
 
 
 @pytest.mark.parametrize("kind", ["switch", "importance_mean_square"])
