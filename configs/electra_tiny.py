@@ -21,7 +21,7 @@ from maxpretrain.objectives import ELECTRA
 
 config = Run(
     name="electra-tiny",
-    steps=1000,
+    steps=1600,
     model=ModelConfig(
         architecture="encoder",
         num_layers=2,
@@ -35,7 +35,7 @@ config = Run(
         heads=("replaced",),
         init_std=0.05,
     ),
-    objective=ELECTRA(generator_share=0.5),
+    objective=ELECTRA(),
     tokenizer=TokenizerConfig(vocab_size=2048, algorithm="bpe"),
     batch=BatchConfig(size=32, length=128),
     optimizer=OptimizerConfig(peak_lr=3e-3, b2=0.98, schedule=ScheduleConfig(warmup=100, final=0.02)),

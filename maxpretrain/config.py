@@ -116,7 +116,8 @@ class BalanceConfig:
     ] = "switch_mean"
     weight: float = 0.01  # of that loss
     z_weight: float = 0.0  # of the mean squared logsumexp of the router's logits; 1e-3 is usual
-    # with batch.microbatches, batch: of all, for which they go through the network once more; microbatch: each by itself
+    # with batch.microbatches, batch: of all, for which they go forward through the network once more (sequence: only counted);
+    # microbatch: each by itself
     over: Literal["batch", "microbatch"] = "batch"  # tokens whose statistics the loss is of
     bias_rate: float = 0.001  # step of the balance bias, where model.moe.balance_bias is on
 
@@ -294,13 +295,22 @@ def validate(run: Run, *, resolved: bool = False) -> None:
     _validate_optimizer(run.optimizer)
     _validate_data(run.data)
     require(
-        run.balance.loss != "importance_mean_square" or run.balance.over == "batch",
-        'balance.loss "importance_mean_square" grows with the number of tokens; use balance.over "batch", or loss "importance"',
+        run.balance.loss != "importance_mean_square"
+        or run.balance.over == "batch"
+        or run.batch.microbatches == 1
+        or not run.model.moe.num_experts,
+        'balance.loss "importance_mean_square" grows with the tokens of a microbatch, and batch.microbatches is '
+        f'{run.batch.microbatches}; use balance.over "batch", or loss "importance"',
     )
     require(
         "smooth_load" not in run.balance.loss or run.model.moe.noisy or not run.model.moe.num_experts,
         f'balance.loss "{run.balance.loss}" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or '
         'use "importance"',
+    )
+    require(
+        "smooth_load" not in run.balance.loss or not (run.model.moe.balance_bias or run.model.moe.groups > 1),
+        f'balance.loss "{run.balance.loss}" is of a choice by logits alone; turn model.moe.balance_bias off and set model.moe.groups to '
+        '1, or use "importance"',
     )
     for part, value in (
         ("evaluation.every", run.evaluation.every),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,15 +17,16 @@ from maxpretrain.objectives.base import Loss
 STACKS = ("encoder", "decoder", "multi_token")
 
 
-# Losses that are means over sequences or tokens: those of microbatches average to that of the batch.
-MEANS = ("none", "sequence")
+# Losses that are a sum over tokens or sequences divided by the number of these: they need no more of the whole batch.
+MEANS = ("sequence", "z")
+COUNTS = ("tokens", "sequences")
 
 
 class Whole(NamedTuple):
     """What the experts of a whole batch did, where the loss at hand is of one microbatch.
 
     Attributes:
-        experts: as `Loss.experts`, summed over the microbatches.
+        experts: those of `Loss.experts` that `of_whole` names, summed over the microbatches.
         weight: float32 [], of the batch.
     """
 
@@ -32,16 +34,21 @@ class Whole(NamedTuple):
     weight: jax.Array
 
 
-def needs_whole(config: BalanceConfig, moe: MoEConfig) -> bool:
-    """Whether the balance loss of microbatches is not that of the batch, and the batch's is asked for."""
-    return bool(moe.num_experts and config.weight and config.loss not in MEANS and config.over == "batch")
+def of_whole(config: BalanceConfig, moe: MoEConfig) -> str:
+    """What the losses of microbatches need of the whole batch: "nothing", "counts" of tokens, or "all" statistics."""
+    if not moe.num_experts or config.over == "microbatch":
+        return "nothing"
+    if config.loss not in ("none", *MEANS) and config.weight:
+        return "all"
+    return "counts" if config.z_weight or (config.loss != "none" and config.weight) else "nothing"
 
 
 def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig, whole: Whole | None = None) -> Loss:
     """L_task + α·L_balance + c·L_z, means over the layers with experts, and what the monitor shows of the experts.
 
-    Statistics S are over all tokens of the batch, on all devices, without padding. A loss E(Σ S_m) of all microbatches is not
-    the sum of theirs; its gradient is, Σ_m ∇E(S)·∇S_m: so each microbatch adds its own part of that.
+    Statistics S are over all tokens of the batch, on all devices, without padding. A mean is the sum of what each microbatch
+    divides by the number of all. Another loss E(Σ S_m) is no sum, but its gradient is, Σ_m ∇E(S)·∇S_m: so each microbatch
+    adds its own part of that.
 
     Args:
         loss: with `experts` of a network that has some; else it is returned as it is.
@@ -50,8 +57,8 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig, whole: Whole | N
     Returns:
         The sum grows by the added losses times the weight, so that the mean grows by them. Metrics, besides: "task_loss", the
         objective's own; "load_balance" and "router_z", the added losses without their factors; "router_entropy", nats;
-        "expert_load" [X], tokens of each expert as a factor of an even share; "expert_load_spread", its coefficient of variation within a layer; "dropped", share of the
-        choices that found no place. `experts` then holds the "load" alone, float32 [L, X].
+        "expert_load" [X], tokens of each expert as a factor of an even share; "dropped", share of the choices that found no
+        place. `experts` then holds the "load" alone, float32 [L, X].
 
     References: see `nn.router.LOSSES`.
     """
@@ -59,18 +66,18 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig, whole: Whole | N
         return loss._replace(experts={}) if loss.experts else loss
     said = loss.experts
     whole = Whole(said, loss.weight) if whole is None else whole
-    at = jax.lax.stop_gradient(whole.experts)
     total, metrics = loss.sum, {**loss.metrics, "task_loss": (loss.sum, loss.weight)}
     with jax.named_scope("balance"):
         for name, kind, factor in (("load_balance", config.loss, config.weight), ("router_z", "z", config.z_weight)):
             if kind == "none" or (kind == "z" and not factor):
                 continue
             value = partial(_value, kind, moe.top_k)
-            extra, slope = jax.value_and_grad(value)(at)
-            change = jax.tree.map(lambda s, x: jnp.sum(s * (x - jax.lax.stop_gradient(x))), slope, said)  # 0
-            moves = sum(jax.tree.leaves(change), start=jnp.zeros(()))
-            total = total + factor * (extra * loss.weight + moves * whole.weight)
-            metrics[name] = (extra * loss.weight, loss.weight)
+            if kind in MEANS:
+                extra = value(said | {name: whole.experts[name] for name in COUNTS}) * whole.weight
+            else:
+                extra = _part(value, said, whole, loss.weight)
+            total = total + factor * extra
+            metrics[name] = (extra, loss.weight)
     tokens = jnp.sum(said["tokens"])
     choices = said["tokens"] * moe.top_k
     metrics["router_entropy"] = (jnp.sum(said["entropy"]), tokens)
@@ -78,11 +85,25 @@ def balanced(loss: Loss, config: BalanceConfig, moe: MoEConfig, whole: Whole | N
         moe.num_experts * jnp.sum(said["load"], 0),
         jnp.broadcast_to(jnp.sum(choices), (moe.num_experts,)),
     )
-    spread = jnp.sqrt(router.squared_variation(at["load"]))
-    metrics["expert_load_spread"] = (jnp.mean(spread) * loss.weight, loss.weight)
     if moe.capacity is not None:
         metrics["dropped"] = (jnp.sum(said["dropped"]), jnp.sum(choices))
     return Loss(total, loss.weight, metrics, {"load": said["load"]})
+
+
+def _part(
+    value: Callable[[dict[str, jax.Array]], jax.Array], said: dict[str, jax.Array], whole: Whole, weight: jax.Array
+) -> jax.Array:
+    """A microbatch's part of value(S)·weight of the whole batch, by value and by gradient."""
+    extra, slope = jax.value_and_grad(value)(jax.lax.stop_gradient(whole.experts))
+    change = jax.tree.map(
+        lambda s, x: jnp.sum(s * (x - jax.lax.stop_gradient(x))), slope, said
+    )  # 0, but for its gradient
+    return extra * weight + sum(jax.tree.leaves(change), start=jnp.zeros(())) * whole.weight
+
+
+def spread(experts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """ "expert_load_spread": the coefficient of variation of the load within a layer, mean over the layers; nothing without experts."""
+    return {"expert_load_spread": jnp.mean(jnp.sqrt(router.squared_variation(experts["load"])))} if experts else {}
 
 
 def _value(kind: str, top_k: int, statistics: dict[str, jax.Array]) -> jax.Array:

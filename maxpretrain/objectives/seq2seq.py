@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -109,9 +110,7 @@ class Seq2Seq(Objective):
 
         The last target is no input, so a row holds one token less than both.
         """
-        if self.decoder_format == "none":
-            return length
-        return bisect.bisect_right(range(1, length + 1), length + 1, key=lambda n: n + self.answer_length(n))
+        return length if self.decoder_format == "none" else _inputs_of_row(self, length)
 
     def raw_length(self, length: int) -> int:
         return self.text_length(self.input_length(length))
@@ -201,6 +200,11 @@ class Seq2Seq(Objective):
 
         output = forward(model, params, batch, key)
         return label_loss(model, params, output, batch, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+
+
+@functools.lru_cache
+def _inputs_of_row(objective: Seq2Seq, length: int) -> int:
+    return bisect.bisect_right(range(1, length + 1), length + 1, key=lambda n: n + objective.answer_length(n))
 
 
 def require_format(title: str, decoder_format: str, architecture: str) -> None:

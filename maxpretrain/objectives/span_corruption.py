@@ -93,12 +93,13 @@ class SpanCorruption(Seq2Seq):
         return Counts(raw, noise, min(max(1, round(noise / self.mean_span)), noise, raw - noise))
 
     def usable(self, raw: int) -> int:
-        """Tokens of a window that its example has room for: all, unless `published` found no span for it, such as one of
-        64 tokens at density .15 in inputs of 128. T5 cuts off the ends of inputs and targets there; here some tokens of
-        the window stay out.
+        """Tokens of a window that its example has room for: all, unless `published` found no span for it, or for one that
+        is a token longer, such as one of 64 tokens at density .15 in inputs of 128. T5 cuts off the ends of inputs and targets there;
+        here some tokens of the window stay out.
         """
-        room = self.published(raw)
-        while raw > 2 and room.spans < 1 and not _fits(self.counts(raw), room):
+        # Lengths are reckoned for whole windows: where a second token of noise takes the only span away, they fall once.
+        rooms = [room for room in (self.published(raw), self.published(raw + 1)) if room.spans < 1]
+        while raw > 2 and not all(_fits(self.counts(raw), room) for room in rooms):
             raw -= 1
         return raw
 

@@ -13,7 +13,7 @@ from maxpretrain.config import BalanceConfig, OptimizerConfig
 from maxpretrain.mesh import constrain
 from maxpretrain.models import Model
 from maxpretrain.objectives import Loss, Objective
-from maxpretrain.objectives.balance import Whole, balanced, needs_whole, with_updated_bias
+from maxpretrain.objectives.balance import COUNTS, Whole, balanced, of_whole, spread, with_updated_bias
 from maxpretrain.optim import clip
 from maxpretrain.train.state import State
 
@@ -85,7 +85,7 @@ def make_train_step(
     Dropout draws from a key of (seed, step), so that a resumed run draws the same.
     """
 
-    moe = model.config.moe
+    needed = of_whole(balance, model.config.moe) if microbatches > 1 else "nothing"
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), state["step"])
@@ -93,11 +93,14 @@ def make_train_step(
 
         def experts(batch: Batch, key: jax.Array) -> Whole:
             loss = objective.loss(model, state["params"], batch, key)
-            return Whole(loss.experts, loss.weight)
+            names = loss.experts if needed == "all" else COUNTS  # for which XLA has no need of the network
+            return Whole({name: loss.experts[name] for name in names}, loss.weight)
 
-        whole = summed(experts, batch, key, microbatches) if microbatches > 1 and needs_whole(balance, moe) else None
+        whole = None if needed == "nothing" else summed(experts, batch, key, microbatches)
         loss, grads = accumulate(
-            lambda params, batch, key: balanced(objective.loss(model, params, batch, key), balance, moe, whole),
+            lambda params, batch, key: balanced(
+                objective.loss(model, params, batch, key), balance, model.config.moe, whole
+            ),
             state["params"],
             batch,
             key,
@@ -120,7 +123,7 @@ def make_train_step(
         metrics = {name: ratio(total, weight) for name, (total, weight) in loss.metrics.items()}
         if "task_loss" in metrics:  # what counts as the loss is the objective's own, whatever is added to it
             metrics["total_loss"] = loss.sum * share
-        metrics |= {
+        metrics |= spread(loss.experts) | {
             "loss": metrics.pop("task_loss", loss.sum * share),
             "grad_norm": norm,
             # The optimizer counts updates, which a skipped step is not.

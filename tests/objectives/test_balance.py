@@ -22,8 +22,8 @@ from maxpretrain.config import (
 from maxpretrain.errors import UserError
 from maxpretrain.models import build
 from maxpretrain.objectives import CLM, Loss
-from maxpretrain.objectives.balance import balanced, with_updated_bias
-from maxpretrain.train.state import init_state
+from maxpretrain.objectives.balance import balanced, of_whole, spread, with_updated_bias
+from maxpretrain.train.state import abstract_state, init_state
 from maxpretrain.train.step import make_train_step
 
 MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=16, balance_bias=True)
@@ -89,7 +89,7 @@ def test_what_is_reported():
     assert float(loss.sum / loss.weight) == pytest.approx(3.0 + 0.640936)
     assert found["router_entropy"] == pytest.approx(0.5)
     np.testing.assert_allclose(found["expert_load"], [2.0, 0.0, 1.0, 1.0])  # of an even share
-    assert found["expert_load_spread"] == pytest.approx(0.7071068)  # √(2/4)
+    assert float(spread(loss.experts)["expert_load_spread"]) == pytest.approx(0.7071068)  # √(2/4)
     assert found["dropped"] == pytest.approx(0.5)  # 4 of 8 choices
 
 
@@ -125,7 +125,10 @@ def train(axes, devices, *, balance, microbatches=1, steps=3, noisy=False):
         step = jax.jit(make)
         for _ in range(steps):
             raw = rng.integers(0, 32, (8, 17)).astype(np.int32)
-            state, metrics = step(state, layout.global_batch(CLM().examples(raw), 8))
+            # Documents of two tokens in every other pair of rows: half the labels, and so microbatches of unequal weight.
+            segments = 1 + np.where((np.arange(8) // 2 % 2 == 1)[:, None], np.arange(17)[None] // 2, 0)
+            segments[7, 9:] = 0
+            state, metrics = step(state, layout.global_batch(CLM().examples(raw, segments.astype(np.int32)), 8))
     return jax.device_get(metrics), np.asarray(state["params"]["decoder"]["stack"]["experts"]["mlp"]["balance_bias"])
 
 
@@ -141,6 +144,40 @@ def test_statistics_are_of_the_global_batch(kind, noisy):
     assert np.abs(bias).max() == pytest.approx(0.03)  # three steps the same way for some expert
     assert one["expert_load"].shape == (4,)
     assert one["expert_load"].mean() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "needs"),
+    [
+        ({"loss": "none"}, "nothing"),
+        ({"loss": "switch", "weight": 0.0}, "nothing"),
+        ({"loss": "none", "z_weight": 0.1}, "counts"),
+        ({"loss": "switch", "weight": 0.0, "z_weight": 0.1}, "counts"),
+        ({"loss": "sequence"}, "counts"),
+        ({"loss": "importance", "z_weight": 0.1}, "all"),
+        ({"loss": "importance", "over": "microbatch"}, "nothing"),
+    ],
+)
+def test_what_a_microbatch_needs_of_the_whole(given, needs):
+    assert of_whole(BalanceConfig(**given), MOE) == needs
+    assert of_whole(BalanceConfig(**given), MoEConfig()) == "nothing"
+
+
+def test_counting_tokens_is_no_forward_pass():
+    """XLA drops what nothing needs: where tokens are only counted, a step has fewer products than with all statistics."""
+
+    def products(**given):
+        tx = optim.build_optimizer(OPTIMIZER, decay_mask=None, steps=3, tokens_per_step=128)
+        rate = optim.schedule(OPTIMIZER.schedule, peak_lr=OPTIMIZER.peak_lr, steps=3, tokens_per_step=128)
+        model = build(MODEL)
+        layout = mesh.make_layout(MeshConfig(), jax.devices()[:1])
+        balance = BalanceConfig(**given)
+        with mesh.use(layout):
+            make = make_train_step(model, CLM(), tx, OPTIMIZER, rate, seed=0, microbatches=2, balance=balance)
+            batch = {n: jax.ShapeDtypeStruct((8, *shape), dtype) for n, (shape, dtype) in CLM().fields(16).items()}
+            return jax.jit(make).lower(abstract_state(model, tx, layout), batch).compile().as_text().count(" dot(")
+
+    assert products(loss="sequence", z_weight=0.1) < 0.85 * products(loss="switch")
 
 
 def test_noise_is_of_training_and_learned():
@@ -177,18 +214,43 @@ def test_a_loss_of_noise_needs_it():
     message = r'^balance.loss "smooth_load" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or use'
     with pytest.raises(UserError, match=message):
         validate(run.replace(batch=BatchConfig(length=16)))
+    for more in ({}, {"balance_bias": False, "groups": 2, "top_groups": 1, "top_k": 1}):  # chosen by more than logits
+        moe = dataclasses.replace(MOE, noisy=True, **more)
+        noisy = run.replace(model=dataclasses.replace(run.model, moe=moe), batch=BatchConfig(length=16))
+        with pytest.raises(
+            UserError, match=r'^balance\.loss "smooth_load" is of a choice by logits alone; turn model.moe.bal'
+        ):
+            validate(noisy)
 
 
-@pytest.mark.parametrize("kind", ["switch", "importance_mean_square"])
+def test_a_sum_over_microbatches_is_refused_where_there_are_some():
+    balance = BalanceConfig(loss="importance_mean_square", over="microbatch")
+    run = Run(model=dataclasses.replace(MODEL, vocab_size=None), balance=balance, batch=BatchConfig(length=16))
+    validate(run)
+    several = run.replace(batch=BatchConfig(length=16, microbatches=2))
+    validate(several.replace(model=dataclasses.replace(run.model, moe=MoEConfig())))
+    validate(several.replace(balance=dataclasses.replace(balance, over="batch")))
+    with pytest.raises(
+        UserError, match=r"grows with the tokens of a microbatch, and batch\.microbatches is 2; use balance\.over"
+    ):
+        validate(several)
+
+
+@pytest.mark.parametrize("kind", ["switch", "importance_mean_square", "sequence"])
 def test_microbatches_balance_the_whole_batch(kind):
     # So heavy that the third loss would be another, were the statistics those of two sequences.
-    balance = BalanceConfig(loss=kind, weight=0.01 if kind == "importance_mean_square" else 1.0, bias_rate=0.01)
+    heavy = {
+        "weight": 0.01 if kind == "importance_mean_square" else 1.0,
+        "z_weight": 0.1 if kind == "sequence" else 0.0,
+    }
+    balance = BalanceConfig(loss=kind, bias_rate=0.01, **heavy)
     whole, bias = train({}, 1, balance=balance)
     parts, bias_of_parts = train({}, 1, balance=balance, microbatches=4)
     np.testing.assert_array_equal(bias, bias_of_parts)
-    for name in ("loss", "total_loss", "load_balance", "expert_load", "expert_load_spread", "grad_norm"):
+    names = ["loss", "total_loss", "load_balance", "expert_load", "expert_load_spread", "grad_norm"]
+    for name in names + ["router_z"] * (kind == "sequence"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
-    if kind != "switch":
+    if kind == "importance_mean_square":
         return  # refused by the config, as it grows with the tokens
     alone, _ = train({}, 1, balance=dataclasses.replace(balance, over="microbatch"), microbatches=4)
     assert abs(float(alone["grad_norm"]) / float(whole["grad_norm"]) - 1) > 1e-3

@@ -102,6 +102,24 @@ def test_rows_are_full_and_nothing_is_cut_off(objective):
             assert longest >= 198  # a longer text would be 3 more, in inputs and targets together
 
 
+@pytest.mark.parametrize("format", ["none", "prefix"])
+def test_shorter_windows_fit_too(format):
+    """At lengths where a token more of noise takes the only span away, a window with an eos in it needs the most room."""
+    for fields in ({}, {"mean_span": 8.0}, {"mean_span": 64.0}, {"density": 0.5, "mean_span": 64.0}, {"density": 0.3}):
+        row = SpanCorruption(decoder_format=format, **fields).bind(VOCABULARY)
+        for length in range(7, 40):
+            room = {name: shape[0] for name, (shape, _) in row.fields(length).items()}
+            for size in range(1, row.raw_length(length) + 1):
+                made = row.example(text(size), rng(size))
+                assert all(len(array) <= room[name] for name, array in made.items()), (fields, length, size)
+    members = UL2(decoder_format=format).bind(VOCABULARY)
+    for length in range(9, 24):
+        batch = text(members.raw_length(length))
+        for eos in range(0, len(batch), 3):
+            batch[eos] = EOS
+            _examples(members, length, batch[None], np.ones_like(batch[None]), (7, np.arange(1)))
+
+
 def test_lengths_of_one_row():
     """Of 512: inputs of 419 and targets of 94, with the last of these not read (419 + 94 − 1 = 512)."""
     row = SpanCorruption(decoder_format="prefix")
