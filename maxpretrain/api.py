@@ -183,7 +183,7 @@ class LoadedRun:
             for index, text in enumerate(texts if stream else ()):
                 stream(index, text)
             return texts
-        if self._spans(prompts):
+        if suffix is None and self._spans(prompts):
             from maxpretrain.infill import fill_spans
 
             texts = fill_spans(self._generator, self.params, prompts, max_new_tokens=max_new_tokens, **how)
@@ -202,25 +202,22 @@ class LoadedRun:
             raise UserError("texts is one text; give a list of them, such as run.fill([text])")
         return self._fill_mask(self.params, texts, top_k)
 
-    @property
-    def answers(self) -> bool:
-        """Whether the network answers a prompt, rather than to go on from it."""
-        return self.config.model.architecture == "encoder-decoder" or self.config.objective.answers
+    def answers(self, prompt: str) -> bool:
+        """Whether the network answers this prompt, rather than to go on from it."""
+        return self._generator.reading(prompt).answers
 
     def _spans(self, prompts: Sequence[str]) -> bool:
         """Whether the prompts are texts with spans to fill."""
         from maxpretrain.infill import has_sentinels
 
-        if not self.answers or not prompts:
-            return False
-        return all(has_sentinels(prompt, self._with_tokenizer()) for prompt in prompts)
+        found = [has_sentinels(prompt, self._with_tokenizer()) and self.answers(prompt) for prompt in prompts]
+        return bool(found) and all(found)
 
     @cached_property
     def _generator(self) -> Generator:
         from maxpretrain.generate import Generator
 
-        objective = self.config.objective
-        return Generator(self.model, self._with_tokenizer(), both_ways=objective.both_ways, answers=objective.answers)
+        return Generator(self.model, self._with_tokenizer(), self.config.objective)
 
     @cached_property
     def _fill_mask(self) -> FillMask:

@@ -99,25 +99,28 @@ class OptimizerConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
 
 
+BalanceLoss = Literal[
+    "none",
+    "switch",
+    "switch_mean",
+    "importance",
+    "importance_mean_square",
+    "smooth_load",
+    "importance_load",
+    "sequence",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
     """What keeps the experts of a mixture evenly loaded; without experts it does nothing."""
 
-    # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even; those of smooth load need model.moe.noisy
-    loss: Literal[
-        "none",
-        "switch",
-        "switch_mean",
-        "importance",
-        "importance_mean_square",
-        "smooth_load",
-        "importance_and_smooth_load",
-        "sequence",
-    ] = "switch_mean"
+    loss: BalanceLoss = (
+        "switch_mean"  # added to the objective's; switch_mean is Switch's divided by top_k, 1 where all is even
+    )
     weight: float = 0.01  # of that loss
     z_weight: float = 0.0  # of the mean squared logsumexp of the router's logits; 1e-3 is usual
-    # with batch.microbatches, batch: of all, for which they go forward through the network once more (sequence: only counted);
-    # microbatch: each by itself
+    # batch: microbatches go forward through the network once more, so that the loss is of all (for sequence they are counted)
     over: Literal["batch", "microbatch"] = "batch"  # tokens whose statistics the loss is of
     bias_rate: float = 0.001  # step of the balance bias, where model.moe.balance_bias is on
 
@@ -303,12 +306,15 @@ def validate(run: Run, *, resolved: bool = False) -> None:
         f'{run.batch.microbatches}; use balance.over "batch", or loss "importance"',
     )
     require(
-        "smooth_load" not in run.balance.loss or run.model.moe.noisy or not run.model.moe.num_experts,
+        run.balance.loss not in ("smooth_load", "importance_load")
+        or run.model.moe.noisy
+        or not run.model.moe.num_experts,
         f'balance.loss "{run.balance.loss}" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or '
         'use "importance"',
     )
     require(
-        "smooth_load" not in run.balance.loss or not (run.model.moe.balance_bias or run.model.moe.groups > 1),
+        run.balance.loss not in ("smooth_load", "importance_load")
+        or not (run.model.moe.balance_bias or run.model.moe.groups > 1),
         f'balance.loss "{run.balance.loss}" is of a choice by logits alone; turn model.moe.balance_bias off and set model.moe.groups to '
         '1, or use "importance"',
     )

@@ -38,6 +38,9 @@ __all__ = [
     "to_json",
 ]
 
+# Fields of runs that earlier versions saved -> what came in their place.
+RETIRED = {"evaluation.batches": "evaluation.windows"}
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -265,8 +268,11 @@ def _decode_dataclass(value: Any, kind: type, name: str, where: str) -> Any:
         kind = _objective_class(value.pop("type", None), name, where)
     prefix = f"{name}." if name else ""
     kinds = schema.kinds_of(kind)
-    for key in value:
-        if key not in kinds:
+    for key in list(value):
+        if prefix + key in RETIRED:
+            del value[key]
+            warnings.warn(f"{where}{prefix}{key} is no more, and {RETIRED[prefix + key]} counts", stacklevel=2)
+        elif key not in kinds:
             raise UserError(f"{where}unknown field {prefix}{key}{schema.suggest(key, kinds, prefix)}")
     if missing := [field.name for field in dataclasses.fields(kind) if field.name not in value]:
         warnings.warn(f"{where}{', '.join(prefix + m for m in missing)} not given; the default is taken", stacklevel=2)

@@ -134,6 +134,7 @@ class Programs:
         tokens: jax.Array,
         start: jax.Array,
         lengths: jax.Array,
+        prefixes: jax.Array,
         sampling: Sampling,
         mode: str,
     ) -> tuple[State, jax.Array]:
@@ -142,6 +143,7 @@ class Programs:
         Args:
             tokens: int32 [B, P], padded at the end.
             lengths: int32 [B] of the whole prompts; 0: the row has none and keeps its state.
+            prefixes: int32 [B], how many of their tokens see each other, where any do.
 
         Returns:
             The state, and int32 [B, 1] new tokens, NOTHING where none was made.
@@ -149,7 +151,7 @@ class Programs:
         size = tokens.shape[1]
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32)[None], tokens.shape)
         # Padding is written to slots that come later, where no query looks before a real token replaces it.
-        more = {"prefix": positions < lengths[:, None]} if self._both_ways else {}
+        more = {"prefix": positions < prefixes[:, None]} if self._both_ways else {}
         hidden, cache = self._decode(params, state, tokens, positions, **more)
         mine = (lengths > 0)[None, :, None, None, None]
         state = state | {"cache": jax.tree.map(lambda new, old: jnp.where(mine, new, old), cache, state["cache"])}

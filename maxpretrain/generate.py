@@ -18,8 +18,9 @@ from maxpretrain.data.tokenizer import Tokenizer
 from maxpretrain.decoding import CHUNK, NOTHING, Programs
 from maxpretrain.errors import Diverged, UserError
 from maxpretrain.models import Model, build
+from maxpretrain.objectives.base import Objective, Reading
 from maxpretrain.sampling import NOT_FINITE, Sampling, settings
-from maxpretrain.vocabulary import FIM
+from maxpretrain.vocabulary import FIM, is_marked
 
 Stream = Callable[[int, str], None]
 
@@ -32,12 +33,13 @@ class _Row:
     Args:
         start_id: what the decoder of an encoder-decoder begins with; None: a decoder reads the prompt itself.
         suffix: what comes after the text that is to be made; None: nothing is said of it.
-        answers: a decoder writes an answer after the prompt and eos, rather than to go on from it.
+        reading: how a prompt is read; an encoder's is always answered.
 
     Attributes:
         source: what the encoder reads; the prompt and eos.
         new: how many of `ids` were not given.
         whole: its beginning cannot be left behind, so it ends where the cache does.
+        both_ways: the tokens of the prompt see each other.
     """
 
     def __init__(
@@ -47,13 +49,16 @@ class _Row:
         start_id: int | None = None,
         suffix: str | None = None,
         *,
-        answers: bool = False,
+        reading: Reading = Reading(),
     ):
-        answers = answers or start_id is not None
+        answers = reading.answers or start_id is not None
+        self.both_ways = reading.both_ways and start_id is None
         # Inputs that are answered may have sentinels and modes, by their names.
         ids: list[int] = (tokenizer.encode_marked if answers else tokenizer.encode)(prompt).tolist()
         if answers and tokenizer.eos_id is not None:
             ids.append(tokenizer.eos_id)
+        if reading.bos and tokenizer.bos_id is not None:
+            ids.insert(0, tokenizer.bos_id)
         self.source: list[int] = []
         if start_id is not None:
             self.source, ids = ids, []
@@ -123,7 +128,7 @@ class _Batch:
     sampling: Sampling
     stream: Stream | None
     source_length: int  # of prompts with padding, for the encoder; 0: there is none
-    both_ways: bool  # the tokens of a prompt see each other
+    both_ways: bool  # the network may read a prompt so, which then has to come in one piece
 
     def run(self) -> None:
         self._state = self.programs.empty(len(self.rows), self.capacity)
@@ -166,15 +171,16 @@ class _Batch:
 
     def _prefill(self, starting: dict[int, list[int]], longest: int) -> None:
         piece = min(bucket(longest), self.capacity if self.both_ways else PIECE, self.capacity)
-        lengths = np.zeros(len(self.rows), np.int32)
+        lengths, prefixes = np.zeros((2, len(self.rows)), np.int32)
         tokens = np.zeros((len(self.rows), -(-longest // piece) * piece), np.int32)
         for index, context in starting.items():
             lengths[index] = len(context)
+            prefixes[index] = len(context) if self.rows[index].both_ways else 0
             tokens[index, : len(context)] = context
         for start in range(0, tokens.shape[1], piece):
             part = tokens[:, start : start + piece]
             self._state, out = self.programs.prefill(
-                self.params, self._state, part, np.int32(start), lengths, self.sampling, mode=self.mode
+                self.params, self._state, part, np.int32(start), lengths, prefixes, self.sampling, mode=self.mode
             )
             self._take(out)
 
@@ -203,14 +209,13 @@ class Generator:
             the tokenizer has one, and whose decoder begins with `config.decoder_start_id`. How it is run here (one loop over
             layers, which compiles fastest) is chosen apart from how it is trained.
         tokenizer: the one it was trained with.
-        both_ways: a decoder's prompt is read in both directions, as a prefix language model learns to.
-        answers: a decoder writes an answer after the prompt and eos, as one does that learned to answer in one row.
+        objective: what the model was trained for, which says how it reads a prompt (`Objective.reading`); None: as it stands.
 
     Raises:
         UserError: the tokenizer has ids that the model has not.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, both_ways: bool = False, answers: bool = False):
+    def __init__(self, model: Model, tokenizer: Tokenizer, objective: Objective | None = None):
         size = model.config.vocab_size
         if size is None or tokenizer.vocab_size > size:
             raise UserError(
@@ -218,8 +223,9 @@ class Generator:
             )
         self._model = build(model.config, dataclasses.replace(model.execution, scan=True, remat="none"))
         self.tokenizer = tokenizer
-        self._both_ways = both_ways and model.config.architecture == "decoder"
-        self._answers = answers and model.config.architecture == "decoder"
+        self._objective = objective or Objective()
+        readings = [self._objective.reading(marked) for marked in (False, True)]
+        self._both_ways = model.config.architecture == "decoder" and any(reading.both_ways for reading in readings)
         self._programs: dict[NamedSharding | None, Programs] = {}
 
     def __call__(
@@ -237,12 +243,12 @@ class Generator:
     ) -> list[str]:
         """Continuations, without their prompts, or answers; each as it would be alone.
 
-        Where positions are a table, a text that outgrows it goes on from the last half of the window; one with a suffix
-        ends.
+        Where positions are a table, a text that outgrows it goes on from the last half of the window; an answer and a text with
+        a suffix end there.
 
         Args:
             params: of the model; on one device or spread over a mesh.
-            prompts: texts; an empty one begins with the tokenizer's bos, or eos where it has none.
+            prompts: texts; an empty one to go on from begins with the tokenizer's bos, or eos where it has none.
             max_new_tokens: of each continuation, which ends earlier at eos.
             temperature: 0 takes the likeliest token, and makes no use of the rest.
             top_k: draw among the so many likeliest only.
@@ -289,7 +295,7 @@ class Generator:
             self._check_suffixes(prompts, suffixes)
         given = itertools.repeat(None) if suffixes is None else suffixes
         rows = [
-            _Row(tokenizer, prompt, self._start_id, suffix, answers=self._answers)
+            _Row(tokenizer, prompt, self._start_id, suffix, reading=self.reading(prompt))
             for prompt, suffix in zip(prompts, given, strict=False)
         ]
         for index, row in enumerate(rows):
@@ -315,6 +321,11 @@ class Generator:
         )
         batch.run()
         return rows
+
+    def reading(self, prompt: str) -> Reading:
+        """How a prompt is read."""
+        reading = self._objective.reading(is_marked(prompt, self.tokenizer))
+        return reading if self._start_id is None else reading._replace(answers=True)
 
     @property
     def _start_id(self) -> int | None:
@@ -345,6 +356,10 @@ class Generator:
             )
         if len(suffixes) != len(prompts):
             raise UserError(f"there are {len(prompts)} prompts and {len(suffixes)} suffixes; give one for each")
+        if any(self.reading(prompt).answers for prompt in prompts):
+            raise UserError(
+                "a suffix is for a prompt that the network goes on from, and it answers this one; leave it out"
+            )
         fim_ids(self.tokenizer)
 
     def _source_length(self, rows: Sequence[_Row]) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 
 from maxpretrain.data.tokenizer import Tokenizer
 from maxpretrain.generate import Generator
-
-SENTINEL = re.compile(r"<extra_id_\d+>")
+from maxpretrain.vocabulary import SENTINEL
 
 
 def has_sentinels(prompt: str, tokenizer: Tokenizer) -> bool:

@@ -263,7 +263,8 @@ def _generate(options: argparse.Namespace) -> int:
     if architecture == "encoder":
         _show_filled(options.prompt, run.generate(options.prompt, **how), run.fill(options.prompt), options.json)
         return 0
-    shown = [""] * len(options.prompt) if run.answers else options.prompt  # a continuation comes after its prompt
+    # A continuation comes after its prompt.
+    shown = ["" if run.answers(prompt) else prompt for prompt in options.prompt]
     streams = len(options.prompt) == 1 and not options.json
     if streams:
         print(shown[0], end="", flush=True)

@@ -23,6 +23,15 @@ FIM = {
 }
 
 
+SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+def is_marked(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a text has a mask, a sentinel or a mode token of the tokenizer's, by its name."""
+    names = [name for name in (*MASKS, *MODES) if name in text] + SENTINEL.findall(text)
+    return any(tokenizer.id_of(name) is not None for name in names)
+
+
 def sentinels(count: int) -> tuple[str, ...]:
     """Names of T5's sentinels as a vocabulary ends with them: the first one last."""
     return tuple(f"<extra_id_{i}>" for i in reversed(range(count)))

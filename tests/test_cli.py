@@ -309,6 +309,9 @@ def generated(fake, runs):
                     stream(i, piece)
             return texts
 
+        def answers(self, prompt):
+            return self.config.model.architecture == "encoder-decoder"
+
         def fill(self, prompts):
             Candidate = namedtuple("Candidate", "id text probability")
             candidates = [Candidate(3, " time", 0.625), Candidate(4, "", 0.25)]

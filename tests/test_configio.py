@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import maxpretrain as mp
 from maxpretrain import configio, overrides, schema
 from maxpretrain.config import (
     BatchConfig,
@@ -20,7 +21,7 @@ from maxpretrain.config import (
 )
 from maxpretrain.configio import apply_overrides, from_json, load_config, to_dict, to_json
 from maxpretrain.errors import UserError
-from maxpretrain.objectives import CLM
+from maxpretrain.objectives import CLM, SpanCorruption
 
 FULL = Run(
     name="full",
@@ -471,3 +472,18 @@ def test_comments_are_read_past_long_types_and_hashes(tmp_path, monkeypatch):
 
 def test_a_batch_is_what_it_says():
     assert from_json(edited(batch={"size": 3, "length": 5, "microbatches": 1})).batch == BatchConfig(size=3, length=5)
+
+
+def test_a_field_of_an_earlier_version_is_left_out():
+    with pytest.warns(UserWarning, match=r"config.json: evaluation.batches is no more, and evaluation.windows counts"):
+        run = from_json(json.dumps(edited(evaluation__batches=7)), where="config.json")
+    assert run.evaluation == EvaluationConfig()
+
+
+def test_python_takes_only_what_a_file_would():
+    odd = Run(objective=SpanCorruption(decoder_format="both"), model=ModelConfig(model_dim=16, num_heads=2))
+    for verb in (mp.train, mp.plan):
+        with pytest.raises(
+            UserError, match=r'objective.decoder_format is "both"; it takes one of "none", "prefix", "causal"'
+        ):
+            verb(odd)

@@ -20,6 +20,7 @@ from maxpretrain.mesh import make_layout
 from maxpretrain.models import build
 from maxpretrain.nn.base import is_spec
 from maxpretrain.nn.stack import Execution
+from maxpretrain.objectives import PrefixLM
 
 LETTERS = Characters("abcdefghijklmnopqrstuvwxyz .")
 # Positions end at 24: 12 tokens of context go on when they do. 28 ids, and rows of the embedding beyond them.
@@ -270,7 +271,7 @@ def test_a_prompt_read_in_both_directions(piece, monkeypatch):
     model, params, _ = setup("rope")
     monkeypatch.setattr(module, "PIECE", piece)
     prompts = ["abc", "pack my box with five dozen jugs. " * 2]
-    generator = Generator(model, LETTERS, both_ways=True)
+    generator = Generator(model, LETTERS, PrefixLM())
 
     @jax.jit
     def following(tokens, length, at):

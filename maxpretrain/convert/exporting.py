@@ -61,6 +61,8 @@ def find_target(model: ModelConfig, model_type: str | None = None) -> Target:
     Raises:
         UserError: none does; names the nearest class and the fields in which it differs.
     """
+    # Noise on the router's logits is of training: the published network is the one that evaluation measures.
+    model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, noisy=False))
     try:
         return _find_target(model, model_type)
     except UserError:

@@ -196,7 +196,8 @@ def open_published(path: Path) -> Published:
         raise UserError(f"{options.where} has no vocab_size; take the file that belongs to the weights")
     length = min(256, model.max_length)
     run = Run(name=path.name or "imported", model=model, tokenizer=TokenizerConfig(kind="huggingface"))
-    run = run.replace(batch=dataclasses.replace(run.batch, length=length))
+    objective = getattr(family, "OBJECTIVE", run.objective)
+    run = run.replace(batch=dataclasses.replace(run.batch, length=length), objective=objective)
     published = Published(path, run, family=family, raw=raw)
     published.check()
     return published

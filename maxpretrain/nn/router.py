@@ -250,7 +250,7 @@ LOSSES: Mapping[str, Callable[[Statistics, int], jax.Array]] = {
     "importance": lambda s, k: squared_variation(s["importance"]),
     "importance_mean_square": lambda s, k: mean_square(s["importance"]),
     "smooth_load": lambda s, k: squared_variation(s["smooth_load"]),
-    "importance_and_smooth_load": lambda s, k: squared_variation(s["importance"]) + squared_variation(s["smooth_load"]),
+    "importance_load": lambda s, k: squared_variation(s["importance"]) + squared_variation(s["smooth_load"]),
     "load": lambda s, k: counted_load_loss(s["load"], s["tokens"]),
     "switch": lambda s, k: switch_loss(s["load"], s["probability"], s["tokens"]),
     "switch_mean": lambda s, k: switch_loss(s["load"], s["probability"], s["tokens"]) / k,

@@ -37,6 +37,7 @@ class BART(Seq2Seq):
     delete: float = 0.0  # share of the tokens that are left out
     rotate: float = 0.0  # share of the texts that begin at a token drawn at random, what was before it at the end
 
+    bos: ClassVar[bool] = True
     noises: ClassVar[tuple[str, ...]] = ("infill", "permute_sentences", "mask", "delete", "rotate")
 
     def validate(self, run: Run) -> None:

@@ -55,6 +55,20 @@ class Work(NamedTuple):
     extra: int = 0
 
 
+class Reading(NamedTuple):
+    """How a prompt is read.
+
+    Attributes:
+        both_ways: by a decoder in both directions.
+        answers: with eos after it, and a decoder writes an answer rather than to go on from it.
+        bos: it begins with bos, where the tokenizer has one.
+    """
+
+    both_ways: bool = False
+    answers: bool = False
+    bos: bool = False
+
+
 def require_rising(steps: list[int], name: str) -> None:
     """Raises UserError where the steps of a schedule do not rise from 0 or later."""
     if any(b <= a for a, b in itertools.pairwise(steps)) or any(step < 0 for step in steps):
@@ -74,8 +88,7 @@ class Objective:
         perplexity: exp(loss) is a perplexity.
         whole_text: the loss is of every token of the text, so that it gives bits per byte.
         partner: `example` takes a second window, from another document, as `partner`.
-        both_ways: a decoder learns to read a prompt in both directions.
-        answers: a decoder learns to write an answer after a prompt and eos, rather than to go on from it.
+        both_ways, answers, bos: see `Reading`.
     """
 
     overlap: ClassVar[int] = 0
@@ -86,6 +99,7 @@ class Objective:
     partner: ClassVar[bool] = False
     both_ways: ClassVar[bool] = False
     answers: ClassVar[bool] = False
+    bos: ClassVar[bool] = False
     bound: ClassVar[Any] = None  # a Vocabulary, once it knows its tokens
 
     def validate(self, run: Run) -> None:
@@ -141,6 +155,14 @@ class Objective:
         """The objective as it makes the examples of a step, where it changes along the run."""
         return self
 
+    def reading(self, marked: bool) -> Reading:
+        """How a prompt is given to the network that was trained for it.
+
+        Args:
+            marked: it has masks, sentinels or mode tokens.
+        """
+        return Reading(self.both_ways, self.answers, self.bos)
+
     def build(self, config: ModelConfig, execution: Execution | None = None) -> Model:
         """The network to train, with whatever parameters the objective adds to it."""
         from maxpretrain import models
@@ -182,7 +204,8 @@ class Objective:
         each beforehand, to be one sum over all rows. Device side, pure.
 
         Args:
-            step: int32 [], updates so far, for weights that change along the run; None in evaluation, where they do not.
+            step: int32 [], steps so far, skipped ones too, for weights that change along the run; None in evaluation, where they
+                do not.
         """
         return batch
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from maxpretrain.errors import UserError
 from maxpretrain.lazy import lazy
-from maxpretrain.objectives.base import Fields, Loss, Objective, Work, require_rising
+from maxpretrain.objectives.base import Fields, Loss, Objective, Reading, Work, require_rising
 from maxpretrain.objectives.seq2seq import OPTIONAL, forward
 
 if TYPE_CHECKING:  # pragma: no cover
@@ -83,13 +83,11 @@ class Mixed(Objective):
     def whole_text(self) -> bool:  # type: ignore[override]
         return all(part.whole_text for part in self.parts)
 
-    @property
-    def both_ways(self) -> bool:  # type: ignore[override]
-        return all(part.both_ways for part in self.parts)
-
-    @property
-    def answers(self) -> bool:  # type: ignore[override]
-        return all(part.answers for part in self.parts)
+    def reading(self, marked: bool) -> Reading:
+        """As the members do; where some answer and others go on, a prompt with masks, sentinels or modes is answered."""
+        each = [part.reading(marked) for part in self.parts]
+        fitting = [reading for reading in each if reading.answers == marked] or each
+        return Reading(*map(all, zip(*fitting, strict=True)))
 
     def validate(self, run: Run) -> None:
         super().validate(run)
@@ -241,7 +239,7 @@ class Mixture(Mixed):
     itself.
     """
 
-    objectives: tuple[Objective, ...] = ()  # what is mixed: objectives of the same kind
+    objectives: tuple[Objective, ...] = ()  # what is mixed: objectives of one network
     weights: tuple[float, ...] = ()  # share of each in the examples; they add up to 1; empty: equal
     # ((step, weights), …), rising: linear in between, constant before the first and after the last.
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()  # training's weights by step; empty: `weights` all along

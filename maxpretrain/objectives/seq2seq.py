@@ -41,8 +41,10 @@ class Seq2Seq(Objective):
     Reference: Raffel et al. 2020, arXiv:1910.10683, §3.2 (encoder-decoder, and one row in a decoder).
     """
 
-    # how a decoder alone reads inputs: prefix, in both directions; causal; none: there is an encoder
-    decoder_format: Literal["none", "prefix", "causal"] = "none"
+    # none: there is an encoder; prefix: in both directions
+    decoder_format: Literal["none", "prefix", "causal"] = (
+        "none"  # how a decoder alone reads the inputs before the targets
+    )
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     z_loss: float = 0.0  # weight of log²Z, which keeps the normalizer near 1; 1e-4 is usual
 

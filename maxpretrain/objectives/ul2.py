@@ -87,8 +87,10 @@ class UL2(Mixed):
     weights: tuple[float, ...] = ()  # shares of R3 R8 X3 X8 X64-15% X64-50% S; they add up to 1; empty: equal
     mode_tokens: bool = True  # the inputs begin with a mode token
     num_sentinels: int = 128  # sentinels of a tokenizer that is trained for it; 128 serve batch.length 512
-    # how a decoder alone reads inputs: prefix, in both directions; causal; none: there is an encoder
-    decoder_format: Literal["none", "prefix", "causal"] = "none"
+    # none: there is an encoder; prefix: in both directions
+    decoder_format: Literal["none", "prefix", "causal"] = (
+        "none"  # how a decoder alone reads the inputs before the targets
+    )
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     z_loss: float = 0.0  # weight of log²Z, which keeps the normalizer near 1; 1e-4 is usual
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from maxpretrain import hardware, optim
 from maxpretrain.config import Run, validate
+from maxpretrain.configio import checked
 from maxpretrain.errors import UserError
 from maxpretrain.mesh import Layout, make_layout
 from maxpretrain.monitor.flops import training_flops
@@ -188,6 +189,7 @@ def plan(run: Run, target: str | None = None, mfu: float | None = None, devices:
     Raises:
         UserError: the config is wrong, or names a mesh that the devices do not make, as `train` would say.
     """
+    run = checked(run)
     validate(run)
     if run.init_from:
         from maxpretrain.train import start

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maxpretrain.config import Run, validate
+from maxpretrain.configio import checked
 from maxpretrain.errors import Diverged, Stopped, UserError
 
 
@@ -32,6 +33,7 @@ def train(run: Run, *, fresh: bool = False, debug: bool = False) -> Path:
     from maxpretrain import environment
     from maxpretrain.train import resume
 
+    run = checked(run)
     validate(run)
     environment.prepare_process(run)
     from maxpretrain.train import start

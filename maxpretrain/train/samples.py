@@ -27,7 +27,6 @@ class Sampler:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int, objective: Objective):
         self._config, self._seed, self._tokenizer = config, seed, tokenizer
-        self._answers = model.config.architecture == "encoder-decoder" or objective.answers
         self._prompts = config.prompts if config.sample_tokens and "lm" in model.speaking[0].heads else ()
         self._generator: Generator | None = None
         self._fill: FillMask | None = None
@@ -36,7 +35,7 @@ class Sampler:
             self._prompts = tuple(p for p in self._prompts if masks and any(name in p for name in MASKS))
             self._fill = FillMask(model, tokenizer) if self._prompts else None
         else:
-            self._generator = Generator(model, tokenizer, both_ways=objective.both_ways, answers=objective.answers)
+            self._generator = Generator(model, tokenizer, objective)
 
     def __call__(self, params: Any) -> list[tuple[str, str]]:
         """(prompt, what follows it) for each prompt; a text that was filled in follows an arrow."""
@@ -47,8 +46,9 @@ class Sampler:
             return [(p, f" → {text}") for p, text in zip(prompts, self._fill.filled(params, prompts), strict=True)]
         assert self._generator is not None
         how: dict[str, Any] = {"max_new_tokens": config.sample_tokens, "seed": self._seed}
-        if self._answers and all(has_sentinels(p, self._tokenizer) for p in prompts):
+        answered = [self._generator.reading(prompt).answers for prompt in prompts]
+        if all(answered) and all(has_sentinels(p, self._tokenizer) for p in prompts):
             texts = fill_spans(self._generator, params, prompts, **how)
         else:
             texts = self._generator(params, prompts, temperature=config.temperature, **how)
-        return [(p, f" → {text}" if self._answers else text) for p, text in zip(prompts, texts, strict=True)]
+        return [(p, f" → {text}" if is_one else text) for p, text, is_one in zip(prompts, texts, answered, strict=True)]

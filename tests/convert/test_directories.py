@@ -17,7 +17,7 @@ import pytest
 import maxpretrain as mp
 from maxpretrain import cli, configio
 from maxpretrain.checkpoint import Checkpoints
-from maxpretrain.config import BatchConfig, DataConfig, EvaluationConfig, ModelConfig, Run, TokenizerConfig
+from maxpretrain.config import BatchConfig, DataConfig, EvaluationConfig, ModelConfig, MoEConfig, Run, TokenizerConfig
 from maxpretrain.convert import exporting, tensors
 from maxpretrain.convert.exporting import export, find_target
 from maxpretrain.convert.importing import import_directory
@@ -106,6 +106,14 @@ def test_a_shape_that_no_class_has_is_refused_with_the_nearest(tmp_path):
     ):
         export(RunDirectory.open(odd), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_noise_of_training_is_left_out_of_an_export(tmp_path):
+    moe = MoEConfig(num_experts=4, top_k=2, expert_dim=16, noisy=True)
+    noisy = make_run(tmp_path, "noisy", dataclasses.replace(MODEL, moe=moe))
+    assert export(RunDirectory.open(noisy), tmp_path / "out")["class"] == "MixtralForCausalLM"
+    tokens = np.arange(12)[None] % TOKENIZER.vocab_size
+    np.testing.assert_array_equal(mp.load(noisy).logits(tokens), mp.load(tmp_path / "out").logits(tokens))
 
 
 def test_an_export_that_somebody_added_to_is_left_alone(run, tmp_path):

@@ -68,7 +68,7 @@ def means(loss):
         ("importance", 0.0),
         ("importance_mean_square", 1.0),
         ("smooth_load", 0.2),
-        ("importance_and_smooth_load", 0.2),
+        ("importance_load", 0.2),
         ("sequence", 1.25),
     ],
 )
@@ -132,7 +132,7 @@ def train(axes, devices, *, balance, microbatches=1, steps=3, noisy=False):
     return jax.device_get(metrics), np.asarray(state["params"]["decoder"]["stack"]["experts"]["mlp"]["balance_bias"])
 
 
-@pytest.mark.parametrize(("kind", "noisy"), [("switch", False), ("importance_and_smooth_load", True)])
+@pytest.mark.parametrize(("kind", "noisy"), [("switch", False), ("importance_load", True)])
 def test_statistics_are_of_the_global_batch(kind, noisy):
     balance = BalanceConfig(loss=kind, weight=0.1, bias_rate=0.01)
     one, bias = train({}, 1, balance=balance, noisy=noisy)

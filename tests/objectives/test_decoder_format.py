@@ -13,10 +13,11 @@ from maxpretrain.config import BatchConfig, ModelConfig, Run, validate
 from maxpretrain.data.pipeline import _examples
 from maxpretrain.data.tokenizer import Characters
 from maxpretrain.errors import UserError
-from maxpretrain.generate import Generator
+from maxpretrain.generate import Generator, _Row
 from maxpretrain.infill import fill_spans
 from maxpretrain.models import build
 from maxpretrain.objectives import BART, CLM, UL2, Mixture, SpanCorruption
+from maxpretrain.objectives.base import Reading
 from maxpretrain.objectives.prefix import PrefixLM
 from maxpretrain.vocabulary import Vocabulary, sentinels
 
@@ -191,8 +192,12 @@ def test_a_mixture_with_the_causal_loss(network):
     members = (CLM(mask_documents=False), SpanCorruption(decoder_format="prefix"), PrefixLM())
     objective = Mixture(objectives=members).bind(VOCABULARY)
     validate(Run(model=dataclasses.replace(MODEL, vocab_size=None), objective=Mixture(objectives=members)))
-    assert not objective.answers  # most prompts are to be continued
-    assert Mixture(objectives=members[1:2]).answers
+    # A prompt with a sentinel is answered, as the second member learns to; others are continued, as the first and third learn.
+    assert objective.reading(True) == Reading(both_ways=True, answers=True)
+    assert objective.reading(False) == Reading()
+    assert Mixture(objectives=members[1:2]).reading(False) == UL2(decoder_format="prefix").reading(False)
+    assert UL2(decoder_format="prefix").reading(True) == Reading(both_ways=True, answers=True)
+    assert UL2().reading(True) == Reading()
     fields = objective.fields(32)
     assert fields["places"] == fields["labels"] == fields["positions"] == ((32,), "int32")
     batch = batch_of(objective, 8, 32)
@@ -241,11 +246,34 @@ def test_answers_come_after_the_prompt_and_eos(format):
             ids.append(int(following(padded, given, len(ids) - 1)))
         return [i for i in ids[given:] if i != 28]
 
-    generator = Generator(model, LETTERS, both_ways=objective.both_ways, answers=objective.answers)
+    generator = Generator(model, LETTERS, objective)
     made = generator.answers(params, prompts, max_new_tokens=6)
     assert made == [whole(prompt) for prompt in prompts]
     assert generator(params, prompts, max_new_tokens=6) == [LETTERS.decode(ids) for ids in made]
     assert fill_spans(generator, params, prompts[:1], max_new_tokens=6)[0].startswith("the ")
+    with pytest.raises(
+        UserError, match="a suffix is for a prompt that the network goes on from, and it answers this one"
+    ):
+        generator(params, prompts[:1], max_new_tokens=6, suffixes=["b"])
+    # Beside a prompt that goes on, each is as it would be alone.
+    mixed = Generator(model, LETTERS, Mixture(objectives=(CLM(), objective)))
+    assert mixed.answers(params, ["the", prompts[0]], max_new_tokens=6) == [
+        Generator(model, LETTERS).answers(params, ["the"], max_new_tokens=6)[0],
+        made[0],
+    ]
+
+
+def test_a_prompt_begins_as_the_rows_do():
+    """Those of BART have bos around inputs and targets; the rows of span corruption none."""
+    words = Characters("abcdefg", ["<s>", "</s>", "<mask>"])  # bos 7, eos 8, mask 9
+    vocabulary = Vocabulary.of(words)
+    for format, architecture in (("prefix", "decoder"), ("none", "encoder-decoder")):
+        objective = BART(decoder_format=format, infill=0.0, permute_sentences=0.0, mask=0.01).bind(vocabulary)
+        made = objective.example(words.encode("abcd"), rng())
+        row = _Row(words, "abcd", 8 if format == "none" else None, reading=objective.reading(False))
+        given = row.source if format == "none" else row.ids
+        assert given == made["tokens"][:6].tolist() == [7, 0, 1, 2, 3, 8], architecture
+    assert _Row(words, "ab", 8, reading=SpanCorruption().reading(False)).source == [0, 1, 8]
 
 
 # What is refused

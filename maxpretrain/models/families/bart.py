@@ -12,6 +12,7 @@ from maxpretrain.config import ModelConfig
 from maxpretrain.models.families.naming import Name, embedding, linear, name, norm, under
 from maxpretrain.models.families.options import THEIR_ACTIVATIONS, Options
 from maxpretrain.models.families.t5 import classification_head
+from maxpretrain.objectives.bart import BART
 
 MODEL_TYPE = "bart"
 CLASSES = {
@@ -20,6 +21,7 @@ CLASSES = {
     "BartModel": ("lm",),
 }
 PREFIX = "model."
+OBJECTIVE = BART()  # its prompts begin with bos
 # A bias of zeros, which every file has, is none: see `refined`.
 IGNORED = (r"^(model\.)?(en|de)coder\.version$", r"^final_logits_bias$")
 TIED = {
