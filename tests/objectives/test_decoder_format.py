@@ -13,12 +13,13 @@ from maxpretrain.config import BatchConfig, ModelConfig, Run, validate
 from maxpretrain.data.pipeline import _examples
 from maxpretrain.data.tokenizer import Characters
 from maxpretrain.errors import UserError
-from maxpretrain.generate import Generator, _Row
+from maxpretrain.generate import Generator
 from maxpretrain.infill import fill_spans
 from maxpretrain.models import build
 from maxpretrain.objectives import BART, CLM, UL2, Mixture, SpanCorruption
 from maxpretrain.objectives.base import Reading
 from maxpretrain.objectives.prefix import PrefixLM
+from maxpretrain.prompts import Row
 from maxpretrain.vocabulary import Vocabulary, sentinels
 
 V, EOS, MASK = 400, 1, 2
@@ -270,10 +271,10 @@ def test_a_prompt_begins_as_the_rows_do():
     for format, architecture in (("prefix", "decoder"), ("none", "encoder-decoder")):
         objective = BART(decoder_format=format, infill=0.0, permute_sentences=0.0, mask=0.01).bind(vocabulary)
         made = objective.example(words.encode("abcd"), rng())
-        row = _Row(words, "abcd", 8 if format == "none" else None, reading=objective.reading(False))
+        row = Row(words, "abcd", 8 if format == "none" else None, reading=objective.reading(False))
         given = row.source if format == "none" else row.ids
         assert given == made["tokens"][:6].tolist() == [7, 0, 1, 2, 3, 8], architecture
-    assert _Row(words, "ab", 8, reading=SpanCorruption().reading(False)).source == [0, 1, 8]
+    assert Row(words, "ab", 8, reading=SpanCorruption().reading(False)).source == [0, 1, 8]
 
 
 # What is refused
