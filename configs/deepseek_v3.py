@@ -2,7 +2,7 @@
 
     maxpretrain train configs/deepseek_v3.py --data.train 'text/*.parquet' --tokenizer.path tokenizer.json
 
-Hardware: v5p-2048 and up, by the plan's estimate.
+Hardware: v5p-4096 with --mesh.tensor 2; a v5p-2048 would be 99 % full, by the plan's estimate.
 Hours: `maxpretrain plan deepseek_v3 --target v5p-2048` tells for yours. Expected loss: not measured here.
 Paper: DeepSeek-AI 2024, arXiv:2412.19437, §4.2: 14.8 trillion tokens at length 4,096; 2.2e-4 after 2,000 steps, held, then down to a tenth
 by cosine (here held and then lowered by the wsd schedule); bias step 0.001, sequence loss 1e-4, λ 0.3 for 10 trillion tokens and
