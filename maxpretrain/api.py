@@ -165,7 +165,7 @@ class LoadedRun:
         to them; see `maxpretrain.generate.Generator`.
 
         With a suffix, or one for each prompt, a decoder that learned to fill in the middle makes what comes between.
-        Where all texts to be answered have sentinels, the texts themselves, with spans in the place of these.
+        Where a text to be answered has sentinels, the text itself, with spans in the place of these.
         Of an encoder the texts themselves, with tokens in the place of their masks (`maxpretrain.fill.FillMask.filled`), for
         which `max_new_tokens` has no meaning.
         """
@@ -183,10 +183,10 @@ class LoadedRun:
             for index, text in enumerate(texts if stream else ()):
                 stream(index, text)
             return texts
-        if suffix is None and self._spans(prompts):
-            from maxpretrain.infill import fill_spans
+        from maxpretrain.infill import is_filled, said
 
-            texts = fill_spans(self._generator, self.params, prompts, max_new_tokens=max_new_tokens, **how)
+        if suffix is None and any(is_filled(self._generator, prompt) for prompt in prompts):
+            texts = said(self._generator, self.params, prompts, max_new_tokens=max_new_tokens, **how)
             for index, text in enumerate(texts if stream else ()):
                 stream(index, text)
             return texts
@@ -205,13 +205,6 @@ class LoadedRun:
     def answers(self, prompt: str) -> bool:
         """Whether the network answers this prompt, rather than to go on from it."""
         return self._generator.reading(prompt).answers
-
-    def _spans(self, prompts: Sequence[str]) -> bool:
-        """Whether the prompts are texts with spans to fill."""
-        from maxpretrain.infill import has_sentinels
-
-        found = [has_sentinels(prompt, self._with_tokenizer()) and self.answers(prompt) for prompt in prompts]
-        return bool(found) and all(found)
 
     @cached_property
     def _generator(self) -> Generator:

@@ -129,7 +129,8 @@ def _require_known_flags(name: str, parser: argparse.ArgumentParser, rest: list[
     for word in rest:
         flag = word.partition("=")[0]
         if re.fullmatch(r"--[A-Za-z][\w.-]*", flag) and flag not in flags:
-            raise UserError(f"{name} does not take {flag}{nearest(flag, flags).replace(chr(34), '')}")
+            way = "; give the run by its path, such as runs/quickstart" if flag == "--root" else nearest(flag, flags)
+            raise UserError(f"{name} does not take {flag}{way.replace(chr(34), '')}")
 
 
 class _Parser(argparse.ArgumentParser):

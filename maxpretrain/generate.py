@@ -179,19 +179,14 @@ class Generator:
         """
         how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stream": stream}
         how["suffixes"] = suffixes
-        return ["".join(row.parts) for row in self._run(params, prompts, max_new_tokens, **how)]
+        return [row.text for row in self.rows(params, prompts, max_new_tokens=max_new_tokens, **how)]
 
-    def answers(self, params: Any, prompts: Sequence[str], *, max_new_tokens: int, **how: Any) -> list[list[int]]:
-        """The ids of what `__call__` gives the texts of, control pieces too, without eos."""
-        rows = self._run(params, prompts, max_new_tokens, **how)
-        return [row.ids[len(row.ids) - row.new :] for row in rows]
-
-    def _run(
+    def rows(
         self,
         params: Any,
         prompts: Sequence[str],
-        max_new_tokens: int,
         *,
+        max_new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -199,6 +194,7 @@ class Generator:
         stream: Stream | None = None,
         suffixes: Sequence[str] | None = None,
     ) -> list[Row]:
+        """What `__call__` gives the texts of, with their ids."""
         tokenizer = self.tokenizer
         mode, sampling = settings(tokenizer.vocab_size, temperature, top_k, top_p, seed)
         if max_new_tokens < 0:
@@ -269,7 +265,7 @@ class Generator:
             )
         if len(suffixes) != len(prompts):
             raise UserError(f"there are {len(prompts)} prompts and {len(suffixes)} suffixes; give one for each")
-        if any(self.reading(prompt).answers for prompt in prompts):
+        if any(self.reading(prompt).answers for prompt in (prompts or [""])):
             raise UserError(
                 "a suffix is for a prompt that the network goes on from, and it answers this one; leave it out"
             )

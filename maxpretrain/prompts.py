@@ -74,6 +74,16 @@ class Row:
     def context(self) -> list[int]:
         return self.ids[self.start :]
 
+    @property
+    def text(self) -> str:
+        """What was made."""
+        return "".join(self.parts)
+
+    @property
+    def made(self) -> list[int]:
+        """The ids of it, control pieces too, without eos."""
+        return self.ids[len(self.ids) - self.new :]
+
     def add(self, token: int, *, ends: bool, last: bool) -> str:
         """Takes a new token and returns the text that it completes; half a character waits for its other half."""
         self.number += 1

@@ -292,7 +292,11 @@ def _show_filled(prompts: list[str], texts: list[str], candidates: list[Any], as
     for text, masks in zip(texts, candidates, strict=True):
         print(text)
         for number, mask in enumerate(masks, 1):
-            print(f"  mask {number}: " + ", ".join(f'"{one.text}" {one.probability:.1%}' for one in mask))
+            print(f"  mask {number}: " + ", ".join(f'"{_in_a_line(one.text)}" {one.probability:.1%}' for one in mask))
+
+
+def _in_a_line(text: str) -> str:
+    return text.replace("\n", "⏎")
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:

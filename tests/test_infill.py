@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+from types import SimpleNamespace
 
 import numpy as np
 
 from maxpretrain.config import TokenizerConfig
 from maxpretrain.data.tokenizer import Bytes, train_tokenizer
-from maxpretrain.infill import fill_spans, has_sentinels, spans_of
+from maxpretrain.infill import has_sentinels, said, spans_of
+from maxpretrain.objectives.base import Reading
 from maxpretrain.vocabulary import sentinels
 
 PLAIN = Bytes(("</s>",), sentinels(3))
@@ -21,14 +23,17 @@ class Answering:
         self.tokenizer = tokenizer
         self.ids = tokenizer.encode_marked(text).tolist()
 
-    def answers(self, params, prompts, **how):
-        return [self.ids] * len(prompts)
+    def rows(self, params, prompts, **how):
+        return [SimpleNamespace(made=self.ids, text="more")] * len(prompts)
+
+    def reading(self, prompt):
+        return Reading(answers=True)
 
 
 def test_each_sentinel_becomes_its_span():
     generator = Answering(PLAIN, "lost<extra_id_0>cat<extra_id_1>the mat<extra_id_0>again")
-    texts = fill_spans(generator, {}, ["A <extra_id_0> on <extra_id_1>.", "<extra_id_2>, <extra_id_1>"])
-    assert texts == ["A cat on the mat.", "<extra_id_2>, the mat"]
+    texts = said(generator, {}, ["A <extra_id_0> on <extra_id_1>.", "<extra_id_2>, <extra_id_1>", "No sentinel"])
+    assert texts == ["A cat on the mat.", "<extra_id_2>, the mat", "more"]
 
 
 def test_words_bring_their_space():
@@ -40,7 +45,7 @@ def test_words_bring_their_space():
         *tokenizer.encode("The").tolist(), 829, *tokenizer.encode(" sat").tolist(),
     ]  # fmt: skip
     generator = Answering(tokenizer, "<extra_id_0> cat")
-    assert fill_spans(generator, {}, ["The <extra_id_0> sat on <extra_id_1>."]) == ["The cat sat on <extra_id_1>."]
+    assert said(generator, {}, ["The <extra_id_0> sat on <extra_id_1>."]) == ["The cat sat on <extra_id_1>."]
 
 
 def test_what_counts_as_a_sentinel():

@@ -70,16 +70,16 @@ def test_a_prompt_with_a_sentinel_is_filled_and_another_continued(runs, capsys):
     assert text.startswith("the")
     loaded = mp.load(runs["both"])
     assert (loaded.answers("the <extra_id_1>"), loaded.answers("the")) == (True, False)
-    # Together each is what it is alone, but that the spans of the first are not put in: the second has none.
-    alone = loaded.generate(["the"], 8)
-    assert loaded.generate(["a <extra_id_0>", "the"], 8)[1] == alone[0]
+    # Together each is what it is alone.
+    prompts = ["the <extra_id_0> sat", "the"]
+    assert loaded.generate(prompts, 8) == [loaded.generate([prompt], 8)[0] for prompt in prompts]
     assert mp.load(runs["spans"]).answers("the")
 
 
 def test_a_suffix_for_an_answer_is_refused(runs, capsys):
     status, text = said(capsys, runs["spans"], "--prompt", "the <extra_id_0>", "--suffix", " sat")
     assert status == 2
-    assert "the model cannot take a suffix" in text
+    assert "it answers this one; leave it out" in text
 
 
 @pytest.mark.parametrize("name", ["electra", "rtd"])
@@ -103,7 +103,8 @@ def test_samples_of_a_report(runs):
     assert one[0] == "the c<mask>t"
     assert one[1].startswith(" → the c")
     filled, continued = samples("both", "the <extra_id_0> sat", "the")
-    assert filled[1].startswith(" → ")
+    assert filled[1].startswith(" → the ")
+    assert filled[1].endswith(" sat")
     assert not continued[1].startswith(" → ")
     ((_, text),) = samples("spans", "the <extra_id_0> sat")
     assert text.startswith(" → the ")

@@ -39,6 +39,12 @@ class Model:
         self._template = base.Template(module)
         self.abstract: Params = self._template.abstract
 
+    @property
+    def num_parameters(self) -> int:
+        """Tied ones count once, buffers not at all."""
+        leaves = jax.tree.leaves(self.abstract, is_leaf=base.is_spec)
+        return sum(spec.size for spec in leaves if spec.role != "buffer")
+
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters: the same on every mesh, since each leaf is drawn from its own key."""
         return base.init(self.abstract, key)
@@ -154,5 +160,4 @@ def build(config: ModelConfig, execution: Execution | None = None) -> Model:
 
 def parameter_count(config: ModelConfig) -> int:
     """Number of parameters, from the declared shapes: nothing is allocated. Tied ones count once, buffers not at all."""
-    leaves = jax.tree.leaves(build(config).abstract, is_leaf=base.is_spec)
-    return sum(spec.size for spec in leaves if spec.role != "buffer")
+    return build(config).num_parameters

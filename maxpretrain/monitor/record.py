@@ -177,6 +177,12 @@ class Record:
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     @property
+    def loss_unit(self) -> str:
+        """Of the loss: a mean over tokens has a perplexity; another adds up several means."""
+        names = self.names()
+        return "nats per token" if "eval/perplexity" in names or "eval/loss" not in names else "nats"
+
+    @property
     def nats_per_bit_per_byte(self) -> float:
         """What one bit per byte is in nats per token of this validation text; NaN where no evaluation had both."""
         for record in reversed(self.metrics):

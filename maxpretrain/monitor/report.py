@@ -117,11 +117,11 @@ def _tiles(run: Record) -> str:
             (
                 "Validation loss",
                 f"{loss:.3f}",
-                "nats per token" + (f"; training {train:.3f}" if math.isfinite(train) else ""),
+                run.loss_unit + (f"; training {train:.3f}" if math.isfinite(train) else ""),
             )
         )
     elif math.isfinite(train):
-        tiles.append(("Training loss", f"{train:.3f}", "nats per token, smoothed"))
+        tiles.append(("Training loss", f"{train:.3f}", f"{run.loss_unit}, smoothed"))
     if math.isfinite(bits):
         baselines = ", ".join(f"{name} {value:.2f}" for name, value in run.baselines.items())
         tiles.append(("Bits per byte", f"{bits:.3f}", f"baselines: {baselines}" if baselines else "validation"))
@@ -190,7 +190,7 @@ def _charts(run: Record) -> str:
             "Loss",
             _curve(run, "train/loss", "training", "train", smoothed=True)
             + _curve(run, "eval/loss", "validation", "validation", markers=True),
-            "nats per token",
+            run.loss_unit,
             [(name, value * ratio) for name, value in levels if math.isfinite(ratio)],
             three_decimals,
             note=f"{gaps:,} non-finite values are left out." if gaps else "",

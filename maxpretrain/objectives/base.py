@@ -109,11 +109,11 @@ class Objective:
             kinds = " or ".join(self.architectures)
             article = "an" if kinds.startswith("e") else "a"
             raise UserError(f"objective {name} needs {article} {kinds}; model.architecture is {model.architecture}")
-        for head in self.heads:
-            if head not in model.heads:
-                raise UserError(
-                    f'objective {name} needs the head "{head}"; model.heads are {", ".join(model.heads) or "none"}'
-                )
+        if missing := [f'"{head}"' for head in self.heads if head not in model.heads]:
+            raise UserError(
+                f"objective {name} needs the head{'s' if len(missing) > 1 else ''} {' and '.join(missing)}; model.heads are "
+                f"{', '.join(model.heads) or 'none'}; add {'them' if len(missing) > 1 else 'it'} to model.heads"
+            )
 
     def symbols(self) -> tuple[str, ...]:
         """Names of the control pieces that a tokenizer trained for it has, in the order of their ids; see `vocabulary`."""

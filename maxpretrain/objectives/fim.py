@@ -57,6 +57,12 @@ class FillInTheMiddle(CLM):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"objective.{name} is {getattr(self, name)}; it must be in [0, 1]")
 
+        if run.batch.length < 5:
+            raise UserError(
+                f"batch.length is {run.batch.length}, too short for the tokens before prefix, suffix and middle and text in all of "
+                "them; use at least 5"
+            )
+
     def symbols(self) -> tuple[str, ...]:
         from maxpretrain.vocabulary import FIM  # with numpy, which the help of a command does not wait for
 
@@ -66,7 +72,7 @@ class FillInTheMiddle(CLM):
         if not vocabulary.fim:
             raise UserError(
                 "objective FillInTheMiddle needs tokens for prefix, suffix and middle, and the tokenizer has none; "
-                f"train one for it, or add {', '.join(self.symbols())} to tokenizer.control_symbols"
+                f"use one with {', '.join(self.symbols())}, or leave tokenizer.path out and let the run train its own"
             )
         if self.level == "character" and vocabulary.tokenizer is None:
             raise UserError(

@@ -57,7 +57,7 @@ class Masked(Objective):
         if vocabulary.mask_id is None:
             raise UserError(
                 f"objective {type(self).__name__} needs a mask token, and the tokenizer has none; use one with <mask> "
-                'or [MASK], or add "<mask>" to tokenizer.control_symbols'
+                "or [MASK], or leave tokenizer.path out and let the run train its own"
             )
         if not len(vocabulary.ordinary):
             raise UserError("the tokenizer has special tokens only; there is nothing to mask")

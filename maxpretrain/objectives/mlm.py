@@ -95,7 +95,7 @@ class MLM(Masked):
         if self.pair != "none" and missing:
             raise UserError(
                 f'objective.pair "{self.pair}" puts bos and eos around its texts, and the tokenizer has no {missing[0]}'
-                '; use one that has, or add "[CLS]" and "[SEP]" to tokenizer.control_symbols'
+                "; use one that has, or leave tokenizer.path out and let the run train its own"
             )
 
     def raw_length(self, length: int) -> int:

@@ -128,8 +128,8 @@ class UL2(Mixed):
         super().check_vocabulary(vocabulary)
         if self.mode_tokens and not vocabulary.modes:
             raise UserError(
-                "objective UL2 begins its inputs with [NLU], [NLG] or [S2S], and the tokenizer has not all of them; add "
-                "them to tokenizer.control_symbols, or set objective.mode_tokens to false"
+                "objective UL2 begins its inputs with [NLU], [NLG] or [S2S], and the tokenizer has not all of them; "
+                "leave tokenizer.path out and let the run train its own, or set objective.mode_tokens to false"
             )
 
     def measured(self) -> UL2:

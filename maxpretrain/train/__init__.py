@@ -259,11 +259,9 @@ def _write_description(run: Run, setup: Any, run_dir: Path) -> None:
 
 
 def _announce(setup: Any, sinks: Any, console: Any, start: int) -> None:
-    from maxpretrain.models import parameter_count
-
     run, prepared, layout = setup.run, setup.prepared, setup.layout
     device = layout.mesh.devices.flat[0]
-    parameters = parameter_count(run.model)
+    parameters = setup.model.num_parameters
     tokens = sum(store.num_tokens for store in prepared.train)
     console.say(
         f"{run.name}: {parameters / 1e6:.1f} M parameters, {tokens / 1e6:.2f} M training tokens, "

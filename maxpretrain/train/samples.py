@@ -8,7 +8,7 @@ from maxpretrain.config import EvaluationConfig
 from maxpretrain.data.tokenizer import Tokenizer
 from maxpretrain.fill import FillMask
 from maxpretrain.generate import Generator
-from maxpretrain.infill import fill_spans, has_sentinels
+from maxpretrain.infill import is_filled, said
 from maxpretrain.models import Model
 from maxpretrain.objectives import Objective
 from maxpretrain.vocabulary import MASKS
@@ -26,7 +26,7 @@ class Sampler:
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, config: EvaluationConfig, seed: int, objective: Objective):
-        self._config, self._seed, self._tokenizer = config, seed, tokenizer
+        self._config, self._seed = config, seed
         self._prompts = config.prompts if config.sample_tokens and "lm" in model.speaking[0].heads else ()
         self._generator: Generator | None = None
         self._fill: FillMask | None = None
@@ -46,9 +46,10 @@ class Sampler:
             return [(p, f" → {text}") for p, text in zip(prompts, self._fill.filled(params, prompts), strict=True)]
         assert self._generator is not None
         how: dict[str, Any] = {"max_new_tokens": config.sample_tokens, "seed": self._seed}
-        answered = [self._generator.reading(prompt).answers for prompt in prompts]
-        if all(answered) and all(has_sentinels(p, self._tokenizer) for p in prompts):
-            texts = fill_spans(self._generator, params, prompts, **how)
-        else:
-            texts = self._generator(params, prompts, temperature=config.temperature, **how)
-        return [(p, f" → {text}" if is_one else text) for p, text, is_one in zip(prompts, texts, answered, strict=True)]
+        texts: dict[str, str] = {}
+        for filled, temperature in ((True, 0.0), (False, config.temperature)):  # spans are the likeliest ones
+            some = [prompt for prompt in prompts if is_filled(self._generator, prompt) == filled]
+            made = said(self._generator, params, some, temperature=temperature, **how)
+            texts |= dict(zip(some, made, strict=True))
+        arrow = lambda prompt: " → " if self._generator.reading(prompt).answers else ""  # noqa: E731
+        return [(prompt, arrow(prompt) + texts[prompt]) for prompt in prompts]

@@ -14,7 +14,7 @@ from maxpretrain.data.pipeline import _examples
 from maxpretrain.data.tokenizer import Characters
 from maxpretrain.errors import UserError
 from maxpretrain.generate import Generator
-from maxpretrain.infill import fill_spans
+from maxpretrain.infill import said
 from maxpretrain.models import build
 from maxpretrain.objectives import BART, CLM, UL2, Mixture, SpanCorruption
 from maxpretrain.objectives.base import Reading
@@ -248,20 +248,18 @@ def test_answers_come_after_the_prompt_and_eos(format):
         return [i for i in ids[given:] if i != 28]
 
     generator = Generator(model, LETTERS, objective)
-    made = generator.answers(params, prompts, max_new_tokens=6)
+    ids = lambda generator, prompts: [row.made for row in generator.rows(params, prompts, max_new_tokens=6)]  # noqa: E731
+    made = ids(generator, prompts)
     assert made == [whole(prompt) for prompt in prompts]
     assert generator(params, prompts, max_new_tokens=6) == [LETTERS.decode(ids) for ids in made]
-    assert fill_spans(generator, params, prompts[:1], max_new_tokens=6)[0].startswith("the ")
+    assert said(generator, params, prompts[:1], max_new_tokens=6)[0].startswith("the ")
     with pytest.raises(
         UserError, match="a suffix is for a prompt that the network goes on from, and it answers this one"
     ):
         generator(params, prompts[:1], max_new_tokens=6, suffixes=["b"])
     # Beside a prompt that goes on, each is as it would be alone.
     mixed = Generator(model, LETTERS, Mixture(objectives=(CLM(), objective)))
-    assert mixed.answers(params, ["the", prompts[0]], max_new_tokens=6) == [
-        Generator(model, LETTERS).answers(params, ["the"], max_new_tokens=6)[0],
-        made[0],
-    ]
+    assert ids(mixed, ["the", prompts[0]]) == [ids(Generator(model, LETTERS), ["the"])[0], made[0]]
 
 
 def test_a_prompt_begins_as_the_rows_do():
