@@ -157,6 +157,7 @@ def test_python_m_maxpretrain():
         ("plan tiny --devices 0", 'plan: --devices: "0" is not an integer of at least 1; see maxpretrain plan --help'),
         ("generate x", "generate: it needs --prompt; see maxpretrain generate --help"),
         ("generate x --promt a", "generate does not take --promt; did you mean --prompt?"),
+        ("generate x --root a", "generate does not take --root; give the run by its path, such as runs/quickstart"),
         ("generate x --prompt", "generate: --prompt: expected one argument; see maxpretrain generate --help"),
         (
             "generate x --prompt a --temperature -1",
@@ -314,7 +315,7 @@ def generated(fake, runs):
 
         def fill(self, prompts):
             Candidate = namedtuple("Candidate", "id text probability")
-            candidates = [Candidate(3, " time", 0.625), Candidate(4, "", 0.25)]
+            candidates = [Candidate(3, " time", 0.625), Candidate(4, "\n", 0.25)]
             return [[candidates, candidates[:1]] for _ in prompts]
 
     fake("api", load=Loaded)
@@ -370,7 +371,7 @@ def test_an_encoder_decoder_answers(generated, capsys):
 def test_an_encoder_fills_masks(generated, capsys):
     generated.model.architecture = "encoder"
     assert cli.main(["generate", "quickstart", "--prompt", "Once upon a [MASK]"]) == 0
-    expected = ' upon a time\n  mask 1: " time" 62.5%, "" 25.0%\n  mask 2: " time" 62.5%\n'
+    expected = ' upon a time\n  mask 1: " time" 62.5%, "⏎" 25.0%\n  mask 2: " time" 62.5%\n'
     assert capsys.readouterr().out == expected
     assert (generated.calls[0][2], generated.calls[0][3]["temperature"]) == (False, 0.0)
     assert cli.main(["generate", "quickstart", "--prompt", "a", "--json"]) == 0

@@ -92,6 +92,13 @@ def test_a_generator_fills_masks(runs, capsys, name):
     assert len(masks[0]) == 3
 
 
+def test_all_parameters_are_counted(runs):
+    loaded = mp.load(runs["electra"])
+    network = loaded.config.objective.build(loaded.config.model)
+    assert network.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    assert network.num_parameters > mp.models.parameter_count(loaded.config.model)  # which is of the discriminator
+
+
 def test_samples_of_a_report(runs):
     def samples(name, *prompts):
         loaded = mp.load(runs[name])

@@ -52,8 +52,13 @@ class Mixed(Objective):
 
     @property
     def parts(self) -> tuple[Objective, ...]:
-        """The members, without their tokens."""
+        """The members, without their tokens; none of them is a mixture."""
         raise NotImplementedError
+
+    @property
+    def given(self) -> tuple[Objective, ...]:
+        """What the members are of: they themselves, or mixtures of some."""
+        return self.parts
 
     @property
     def titles(self) -> tuple[str, ...]:
@@ -91,7 +96,7 @@ class Mixed(Objective):
 
     def validate(self, run: Run) -> None:
         super().validate(run)
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(self.given):
             try:
                 part.validate(run)
             except UserError as error:
@@ -131,12 +136,12 @@ class Mixed(Objective):
 
     def symbols(self) -> tuple[str, ...]:
         """Those of all members: sentinels at the end, the first one last."""
-        found = list(dict.fromkeys(itertools.chain.from_iterable(part.symbols() for part in self.parts)))
+        found = list(dict.fromkeys(itertools.chain.from_iterable(part.symbols() for part in self.given)))
         number = {name: int(m[1]) for name in found if (m := re.fullmatch(r"<extra_id_(\d+)>", name))}
         return (*(n for n in found if n not in number), *sorted(number, key=lambda n: -number[n]))
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
-        for part in self.parts:
+        for part in self.given:
             part.check_vocabulary(vocabulary)
 
     def raw_length(self, length: int) -> int:
@@ -236,7 +241,7 @@ class Mixture(Mixed):
     """Objectives of one network, drawn by weight for each example; the weights may change along the run.
 
     Evaluation draws by `weights`, whatever the schedule, and so always the same. The loss of each member is reported by
-    itself.
+    itself. A member may be a mixture, such as UL2, whose own shares are then of its weight.
     """
 
     objectives: tuple[Objective, ...] = ()  # what is mixed: objectives of one network
@@ -248,13 +253,29 @@ class Mixture(Mixed):
     path: ClassVar[str | None] = "objective.objectives"
 
     @property
-    def parts(self) -> tuple[Objective, ...]:
+    def given(self) -> tuple[Objective, ...]:
         return self.objectives
 
     @property
+    def _unmixed(self) -> tuple[tuple[int, Objective, float], ...]:
+        """(place in `objectives`, member, its share of that place's), with the members of mixtures in their places."""
+        found: list[tuple[int, Objective, float]] = []
+        for place, part in enumerate(self.objectives):
+            each = zip(part.parts, part.shares, strict=True) if isinstance(part, Mixed) else ((part, 1.0),)
+            found += [(place, member, share) for member, share in each]
+        return tuple(found)
+
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        return tuple(member for _, member, _ in self._unmixed)
+
+    @property
     def titles(self) -> tuple[str, ...]:
-        if self.names:
-            return self.names
+        names = self.names or self._own_names
+        return tuple(names[place] for place, *_ in self._unmixed)
+
+    @property
+    def _own_names(self) -> tuple[str, ...]:
         classes = [type(part).__name__ for part in self.objectives]
         snake = [re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower() for name in classes]
         several = {name for name, count in Counter(snake).items() if count > 1}
@@ -263,7 +284,8 @@ class Mixture(Mixed):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        return self.weights or (1.0 / len(self.objectives),) * len(self.objectives)
+        weights = self.weights or (1.0 / len(self.objectives),) * len(self.objectives)
+        return tuple(weights[place] * share for place, _, share in self._unmixed)
 
     def validate(self, run: Run) -> None:
         count = len(self.objectives)

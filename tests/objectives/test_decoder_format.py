@@ -219,6 +219,32 @@ def test_a_mixture_with_the_causal_loss(network):
         np.testing.assert_allclose(together.metrics[f"loss_{name}"][0], each[number], rtol=1e-5)
 
 
+def test_a_mixture_may_be_a_member():
+    """UL2 for a quarter of the examples, each of its seven denoisers for a seventh of that."""
+    ul2 = UL2(decoder_format="prefix")
+    mixture = Mixture(objectives=(CLM(), ul2), weights=(0.75, 0.25), schedule=((0, (1.0, 0.0)), (10, (0.5, 0.5))))
+    validate(Run(model=dataclasses.replace(MODEL, vocab_size=None), objective=mixture, batch=BatchConfig(length=32)))
+    assert mixture.titles == ("clm", *["ul2"] * 7)
+    assert mixture.shares == pytest.approx((0.75, *[0.25 / 7] * 7))
+    assert mixture.at(5).shares == pytest.approx((0.75, *[0.25 / 7] * 7))
+    assert mixture.at(0).shares == (1.0, *[0.0] * 7)
+    assert mixture.symbols()[:3] == ("[NLU]", "[NLG]", "[S2S]")
+    assert mixture.reading(True) == Reading(both_ways=True, answers=True)
+    assert mixture.reading(False) == Reading()
+    bound = mixture.bind(VOCABULARY)
+    batch = batch_of(bound, 60, 32)
+    members = np.asarray(batch["member"])
+    assert (members == 0).sum() == pytest.approx(45, abs=12)
+    assert (np.asarray(batch["tokens"])[members == 7, 0] == 5).all()  # S begins with [S2S]
+    with pytest.raises(UserError, match="UL2 begins its inputs with"):
+        mixture.bind(dataclasses.replace(VOCABULARY, modes=()))
+    bad = Mixture(objectives=(CLM(), UL2(decoder_format="prefix", weights=(0.5, 0.5))))
+    with pytest.raises(
+        UserError, match=r"^objective.objectives\[1\].weights has 2 numbers for 7 objectives; give one each$"
+    ):
+        validate(Run(model=dataclasses.replace(MODEL, vocab_size=None), objective=bad))
+
+
 # What it says
 
 

@@ -224,6 +224,11 @@ def test_what_cannot_be():
         validate(dataclasses.replace(run, objective=FillInTheMiddle(spm_rate=-0.1)))
     with pytest.raises(UserError, match=r"objective FillInTheMiddle needs a decoder; model.architecture is encoder"):
         validate(dataclasses.replace(run, model=dataclasses.replace(run.model, architecture="encoder")))
+    validate(dataclasses.replace(run, batch=BatchConfig(size=8, length=5)))
+    with pytest.raises(
+        UserError, match=r"batch.length is 4, too short for the tokens before prefix, suffix and middle and text"
+    ):
+        validate(dataclasses.replace(run, batch=BatchConfig(size=8, length=4)))
     with pytest.raises(UserError, match=r"needs tokens for prefix, suffix and middle, and the tokenizer has none"):
         FillInTheMiddle().bind(Vocabulary(size=10))
     with pytest.raises(UserError, match=r'objective.level is "character", and there is no tokenizer'):

@@ -467,7 +467,9 @@ def test_fields_are_checked(objective, sentence):
 def test_pairs_need_their_parts():
     check(MLM(pair="nsp"))
     check(MLM(), ModelConfig(architecture="encoder", vocab_size=SIZE))
-    with pytest.raises(UserError, match=r'needs the head "pooler"'):
+    with pytest.raises(
+        UserError, match=r'needs the heads "pooler" and "pair"; model.heads are lm; add them to model.heads'
+    ):
         check(MLM(pair="nsp"), ModelConfig(architecture="encoder", vocab_size=SIZE, token_types=2))
     one = ModelConfig(architecture="encoder", vocab_size=SIZE, heads=("lm", "pooler", "pair"), token_types=1)
     with pytest.raises(UserError, match=r"model\.token_types is 1, use 2"):

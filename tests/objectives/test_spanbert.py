@@ -308,7 +308,10 @@ def test_the_head_is_asked_for():
     without = dataclasses.replace(MODEL, heads=("lm",))
     SpanBERT().validate(Run(model=MODEL, batch=BatchConfig(length=32)))
     SpanBERT(boundary_weight=0.0).validate(Run(model=without, batch=BatchConfig(length=32)))
-    with pytest.raises(UserError, match='objective SpanBERT needs the head "span_boundary"'):
+    with pytest.raises(
+        UserError,
+        match=r'objective SpanBERT needs the head "span_boundary"; model\.heads are lm; add it to model\.heads',
+    ):
         SpanBERT().validate(Run(model=without, batch=BatchConfig(length=32)))
     assert spanbert.SPAN_POSITIONS == SPAN_POSITIONS == 200
     assert not SpanBERT.perplexity
