@@ -190,14 +190,12 @@ def torch_model(shape: Shape, activation: str) -> Any:
     return GPT()
 
 
-def load_torch(model: Any, values: dict[str, np.ndarray]) -> None:
-    """Our parameters into the PyTorch model: its matrices are transposed."""
-    import torch
-
-    stack, dim = "stack.block.", values["embed.table"].shape[1]
-    named = {"tokens.weight": values["embed.table"], "positions.weight": values["positions.table"]}
-    named["norm.weight"] = values["norm.scale"]
-    for i in range(len(model.blocks)):
+def in_torch(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our parameters by the PyTorch model's names: its matrices are transposed."""
+    stack, dim = "decoder.stack.block.", values["embed.table"].shape[1]
+    named = {"tokens.weight": values["embed.table"], "positions.weight": values["decoder.input.positions.table"]}
+    named["norm.weight"] = values["decoder.norm.scale"]
+    for i in range(len(values[stack + "mlp_norm.scale"])):
         q, k, v, out = (values[f"{stack}attention.{n}.kernel"][i] for n in ("query", "key", "value", "out"))
         named |= {
             f"blocks.{i}.norm1.weight": values[stack + "attention_norm.scale"][i],
@@ -207,7 +205,7 @@ def load_torch(model: Any, values: dict[str, np.ndarray]) -> None:
             f"blocks.{i}.up.weight": values[stack + "mlp.up.kernel"][i].T,
             f"blocks.{i}.down.weight": values[stack + "mlp.down.kernel"][i].T,
         }
-    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in named.items()})
+    return named
 
 
 def theirs(shape: Shape, activation: str, parameters: Path, arguments: argparse.Namespace) -> tuple[Stepper, str]:
@@ -221,7 +219,8 @@ def theirs(shape: Shape, activation: str, parameters: Path, arguments: argparse.
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = torch_model(shape, activation)
-    load_torch(model, dict(np.load(parameters)))
+    named = in_torch(dict(np.load(parameters)))
+    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in named.items()})
     plain = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "positions.weight"]
     decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and name != "positions.weight"]
     optimizer = torch.optim.AdamW(

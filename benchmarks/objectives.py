@@ -27,6 +27,7 @@ from maxpretrain.objectives import (
     RTD,
     UL2,
     FillInTheMiddle,
+    Mixture,
     MultiToken,
     Objective,
     PrefixLM,
@@ -51,6 +52,9 @@ OBJECTIVES: dict[str, Objective] = {
     "SpanCorruption": SpanCorruption(),
     "BART": BART(),
     "UL2": UL2(),
+    "SpanCorruption, decoder": SpanCorruption(decoder_format="prefix"),
+    "UL2, decoder": UL2(decoder_format="prefix"),
+    "CLM and UL2, decoder": Mixture(objectives=(CLM(), UL2(decoder_format="prefix"))),
 }
 
 

@@ -236,21 +236,15 @@ def test_a_sum_over_microbatches_is_refused_where_there_are_some():
         validate(several)
 
 
-@pytest.mark.parametrize("kind", ["switch", "importance_mean_square", "sequence"])
+@pytest.mark.parametrize("kind", ["switch", "sequence"])
 def test_microbatches_balance_the_whole_batch(kind):
     # So heavy that the third loss would be another, were the statistics those of two sequences.
-    heavy = {
-        "weight": 0.01 if kind == "importance_mean_square" else 1.0,
-        "z_weight": 0.1 if kind == "sequence" else 0.0,
-    }
-    balance = BalanceConfig(loss=kind, bias_rate=0.01, **heavy)
+    balance = BalanceConfig(loss=kind, weight=1.0, z_weight=0.1 if kind == "sequence" else 0.0, bias_rate=0.01)
     whole, bias = train({}, 1, balance=balance)
     parts, bias_of_parts = train({}, 1, balance=balance, microbatches=4)
     np.testing.assert_array_equal(bias, bias_of_parts)
     names = ["loss", "total_loss", "load_balance", "expert_load", "expert_load_spread", "grad_norm"]
     for name in names + ["router_z"] * (kind == "sequence"):
         np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, err_msg=name)
-    if kind == "importance_mean_square":
-        return  # refused by the config, as it grows with the tokens
     alone, _ = train({}, 1, balance=dataclasses.replace(balance, over="microbatch"), microbatches=4)
     assert abs(float(alone["grad_norm"]) / float(whole["grad_norm"]) - 1) > 1e-3
