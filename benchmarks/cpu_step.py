@@ -69,12 +69,11 @@ class Batches:
 Stepper = Callable[[int], list[float]]  # steps to do -> their losses
 
 
-def ours(shape: Shape, activation: str, parameters: Path, arguments: argparse.Namespace) -> tuple[Stepper, str]:
-    """Our side; leaves its initial parameters in `parameters`."""
-    from maxpretrain import config, environment
+def our_run(shape: Shape, activation: str, arguments: argparse.Namespace) -> Any:
+    from maxpretrain import config
     from maxpretrain.objectives import CLM
 
-    run = config.Run(
+    return config.Run(
         model=config.ModelConfig(
             vocab_size=shape.vocab,
             num_layers=shape.layers,
@@ -97,6 +96,13 @@ def ours(shape: Shape, activation: str, parameters: Path, arguments: argparse.Na
         ),
         compute=config.ComputeConfig(cpu_devices=arguments.cpu_devices),
     )
+
+
+def ours(shape: Shape, activation: str, parameters: Path, arguments: argparse.Namespace) -> tuple[Stepper, str]:
+    """Our side; leaves its initial parameters in `parameters`."""
+    from maxpretrain import environment
+
+    run = our_run(shape, activation, arguments)
     environment.prepare_process(run)
     import jax
 

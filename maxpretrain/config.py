@@ -269,6 +269,26 @@ def _validate_data(data: DataConfig) -> None:
     require(0 <= data.max_bad <= 1, f"data.max_bad is {data.max_bad}; it is a share of the documents, between 0 and 1")
 
 
+def _validate_balance(balance: BalanceConfig, moe: MoEConfig, microbatches: int) -> None:
+    require(
+        balance.loss != "importance_mean_square" or balance.over == "batch" or microbatches == 1,
+        'balance.loss "importance_mean_square" grows with the tokens of a microbatch, and batch.microbatches is '
+        f'{microbatches}; use balance.over "batch", or loss "importance"',
+    )
+    if balance.loss not in ("smooth_load", "importance_load"):
+        return
+    require(
+        moe.noisy,
+        f'balance.loss "{balance.loss}" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or '
+        'use "importance"',
+    )
+    require(
+        not (moe.balance_bias or moe.groups > 1),
+        f'balance.loss "{balance.loss}" is of a choice by logits alone; turn model.moe.balance_bias off and set model.moe.groups to '
+        '1, or use "importance"',
+    )
+
+
 def validate(run: Run, *, resolved: bool = False) -> None:
     """Checks what can be known without devices, data or jax.
 
@@ -297,27 +317,8 @@ def validate(run: Run, *, resolved: bool = False) -> None:
     _validate_schedule(run.optimizer.schedule, total)
     _validate_optimizer(run.optimizer)
     _validate_data(run.data)
-    require(
-        run.balance.loss != "importance_mean_square"
-        or run.balance.over == "batch"
-        or run.batch.microbatches == 1
-        or not run.model.moe.num_experts,
-        'balance.loss "importance_mean_square" grows with the tokens of a microbatch, and batch.microbatches is '
-        f'{run.batch.microbatches}; use balance.over "batch", or loss "importance"',
-    )
-    require(
-        run.balance.loss not in ("smooth_load", "importance_load")
-        or run.model.moe.noisy
-        or not run.model.moe.num_experts,
-        f'balance.loss "{run.balance.loss}" goes by the noise on the router\'s logits, and model.moe.noisy is off; turn it on, or '
-        'use "importance"',
-    )
-    require(
-        run.balance.loss not in ("smooth_load", "importance_load")
-        or not (run.model.moe.balance_bias or run.model.moe.groups > 1),
-        f'balance.loss "{run.balance.loss}" is of a choice by logits alone; turn model.moe.balance_bias off and set model.moe.groups to '
-        '1, or use "importance"',
-    )
+    if run.model.moe.num_experts:
+        _validate_balance(run.balance, run.model.moe, batch.microbatches)
     for part, value in (
         ("evaluation.every", run.evaluation.every),
         ("evaluation.windows", run.evaluation.windows),
